@@ -1,0 +1,1 @@
+"""Triton kernels for MuSe attention. Import as `muse_hf.kernels`."""

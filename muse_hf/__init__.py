@@ -1,0 +1,25 @@
+"""Multipole Semantic Attention for Hugging Face Transformers.
+
+Importing this package registers `attn_implementation="muse"`.
+"""
+
+from muse_hf.adapter import register
+from muse_hf.config import MuseConfig
+from muse_hf.functional import exact_attention, muse_attention
+from muse_hf.patches import patch_model, unpatch_model
+from muse_hf.routing import SUPPORTED_FAMILIES, UnsupportedError
+from muse_hf.segments import Segments
+
+register()
+
+__all__ = [
+    "SUPPORTED_FAMILIES",
+    "MuseConfig",
+    "Segments",
+    "UnsupportedError",
+    "exact_attention",
+    "muse_attention",
+    "patch_model",
+    "unpatch_model",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,131 @@
+"""The rules: which models are supported, what is refused, and when a MuSe layer attends exactly.
+
+Exact attention stands in wherever it is the right answer:
+
+1. the layer is not among `MuseConfig.layers`;
+2. cross-attention: queries and keys are different sequences;
+3. the numbers of queries and keys differ: decoding with a cache, chunked prefill, a static or sliding cache,
+   prefix tuning;
+4. the mask is a 4D tensor: one the caller made, or one that padding with holes, bidirectional spans or a
+   sliding window of another layer need;
+5. no sequence is longer than `MuseConfig.local_block`, so that MuSe would be exact as well.
+
+What would change the meaning of a MuSe layer is refused instead: attention dropout in training, logit
+softcaps, attention sinks, position biases, sliding windows, and `output_attentions`.
+"""
+
+from typing import Any
+
+import torch
+
+from muse_hf.config import MuseConfig
+from muse_hf.segments import Segments
+
+# Model types whose attention is known, by a test, to call the attention interface with rotated queries and
+# keys and to hand the mask through untouched.
+SUPPORTED_FAMILIES = ("bert", "gpt2", "llama", "mistral", "qwen2", "qwen3")
+
+_CHANGES_MEANING = {
+    "softcap": "a cap on the logits",
+    "s_aux": "attention sinks",
+    "position_bias": "a position bias",
+    "sliding_window": "a sliding window (config.sliding_window = None turns it off)",
+}
+
+
+class UnsupportedError(ValueError):
+    """The model, or an option of one of its MuSe layers, is not supported. The message says what to do."""
+
+
+def check_family(model_config: Any) -> None:
+    """Refuse a model type that was not verified: some ignore the attention name, some break later."""
+    if model_config.model_type not in SUPPORTED_FAMILIES:
+        raise UnsupportedError(
+            f'attention "muse" is not supported for model type {model_config.model_type!r}, which was not '
+            f"verified to route its attention through Transformers' attention interface; supported are "
+            f'{", ".join(SUPPORTED_FAMILIES)}. Load this model with attn_implementation="sdpa".'
+        )
+
+
+def layer_config(module: torch.nn.Module) -> MuseConfig | None:
+    """The config of the attention module's layer, or None where `layers` leaves it out.
+
+    Raises:
+        UnsupportedError: The model type is not supported, or the module does not know its layer.
+    """
+    model_config = module.config
+    check_family(model_config)
+    layer_idx = getattr(module, "layer_idx", None)
+    if layer_idx is None:
+        raise UnsupportedError(
+            f"{type(module).__name__} has no layer_idx, so its MuSe setting cannot be looked up"
+        )
+    return model_policy(model_config).for_layer(layer_idx, model_config.num_hidden_layers)
+
+
+def model_policy(model_config: Any) -> MuseConfig:
+    """`model.config.muse` as a `MuseConfig`, the default one where a model has none."""
+    stored = getattr(model_config, "muse", None)
+    if stored is None:
+        return MuseConfig()
+    if isinstance(stored, MuseConfig):
+        model_config.muse = stored.to_dict()  # only JSON types can be saved with the model
+        return stored
+    return MuseConfig.from_dict(stored)
+
+
+def check_options(module: torch.nn.Module, options: dict[str, Any]) -> None:
+    """Refuse what a MuSe layer cannot honour, among the options passed to its attention function."""
+    where = f"layer {module.layer_idx} of {module.config.model_type!r}"
+    for option, meaning in _CHANGES_MEANING.items():
+        if options.get(option) is not None:
+            raise UnsupportedError(
+                f"{where} asks for {option}={options[option]!r}, {meaning}, which MuSe does not implement: "
+                "leave this layer out of MuseConfig.layers"
+            )
+    if options.get("output_attentions"):
+        raise UnsupportedError(
+            f"{where}: output_attentions=True cannot be served, MuSe never forms the attention matrix; call "
+            'model.set_attn_implementation("eager") to look at attention weights'
+        )
+
+
+def check_dropout(module: torch.nn.Module, dropout: float) -> None:
+    """Refuse attention dropout, which would have to reach inside the summaries."""
+    if dropout:
+        raise UnsupportedError(
+            f"layer {module.layer_idx} of {module.config.model_type!r} is training with attention dropout "
+            f"{dropout}, which MuSe does not implement: build the model with attention dropout 0 "
+            "(attn_pdrop, attention_dropout or attention_probs_dropout_prob in its config)"
+        )
+
+
+def reason_for_exact(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | Segments | None,
+    config: MuseConfig | None,
+) -> str | None:
+    """Why this call attends exactly, by the rules above, or None if MuSe applies.
+
+    Args:
+        query: (B, H, Q, D). key: (B, Hkv, K, D).
+        config: Of this layer, None if it is left out of `layers`.
+    """
+    if config is None:
+        return "layer not among MuseConfig.layers"
+    if is_cross_attention(module):
+        return "cross-attention"
+    if query.shape[2] != key.shape[2]:
+        return "different numbers of queries and keys"
+    if isinstance(mask, torch.Tensor):
+        return "explicit mask"
+    if max(mask.lengths, default=0) <= config.local_block if mask else key.shape[2] <= config.local_block:
+        return "sequences no longer than local_block"
+    return None
+
+
+def is_cross_attention(module: torch.nn.Module) -> bool:
+    """Whether queries and keys come from different sequences."""
+    return getattr(module, "is_cross_attention", False) or "CrossAttention" in type(module).__name__

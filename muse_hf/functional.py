@@ -23,8 +23,9 @@ def muse_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Multipole Semantic Attention.
 
-    Sequences of at most `config.local_block` keys are attended exactly. A NaN in an input spreads to the
-    outputs that attend to it, as in exact attention, and never to earlier tokens, other rows or segments.
+    Sequences of at most `config.local_block` keys are attended exactly. A NaN in an input spreads to all
+    later tokens, as in exact attention, and like in PyTorch's fused kernels to the whole of its own local
+    block; never to earlier blocks, other rows or other segments.
 
     Args:
         query: (B, H, Q, D) float16, bfloat16, float32 or float64.

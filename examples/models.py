@@ -1,0 +1,144 @@
+"""From arguments to a model, to its MuSe setting, and to what its optimizer decays."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from corpus import UsageError
+from pretrain_arguments import SHAPES, ModelArguments, MuseArguments
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+# MuSe for the 2048 tokens of the default job: far blocks of 256, 512 and 1024 tokens.
+SMALL_MUSE = {"local_block": 256, "hierarchy": "dyadic", "cluster_size": 16, "num_retrieved": 8}
+NO_DROPOUT = {
+    "gpt2": {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+    "llama": {"attention_dropout": 0.0},
+}
+
+
+def model_config(
+    arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, context_length: int
+) -> PretrainedConfig:
+    """The configuration of the model to train, without dropout, which MuSe has none of."""
+    if arguments.checkpoint is None:
+        return config_from_shape(arguments, tokenizer, context_length)
+    return config_from_checkpoint(arguments.checkpoint, len(tokenizer), context_length)
+
+
+def config_from_shape(
+    arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, context_length: int
+) -> PretrainedConfig:
+    """The configuration of a named shape, some numbers of which may be replaced."""
+    shape = SHAPES[arguments.shape]
+    width = arguments.hidden_size or shape.width
+    heads = arguments.num_heads or shape.heads
+    kv_heads = arguments.num_kv_heads or max(1, shape.kv_heads * heads // shape.heads)
+    if width % heads or heads % kv_heads:
+        raise UsageError(
+            f"--hidden_size ({width}) must be a multiple of --num_heads ({heads}), and --num_heads of "
+            f"--num_kv_heads ({kv_heads})."
+        )
+    common = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "hidden_size": width,
+        "num_hidden_layers": arguments.num_layers or shape.layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": context_length,
+        "tie_word_embeddings": True,
+        **NO_DROPOUT[shape.family],
+    }
+    if shape.family == "llama":
+        common |= {"num_key_value_heads": kv_heads, "intermediate_size": shape.mlp * width // shape.width}
+    elif kv_heads != heads:
+        raise UsageError("GPT-2 has a key/value head for every head: leave out --num_kv_heads.")
+    return AutoConfig.for_model(shape.family, **common)
+
+
+def config_from_checkpoint(checkpoint: str, vocab_size: int, context_length: int) -> PretrainedConfig:
+    """The configuration of a checkpoint, if it suits the tokenizer and the context."""
+    try:
+        config = AutoConfig.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"no model could be opened at {checkpoint!r}.") from error
+    if vocab_size > config.vocab_size:
+        raise UsageError(
+            f"the tokenizer has {vocab_size} tokens, the model {checkpoint!r} only {config.vocab_size}."
+        )
+    if config.model_type == "gpt2" and context_length > config.n_positions:
+        raise UsageError(
+            f"the model {checkpoint!r} has learned {config.n_positions} positions, fewer than a "
+            f"--context_length of {context_length}."
+        )
+    for field, value in NO_DROPOUT.get(config.model_type, {}).items():
+        setattr(config, field, value)
+    return config
+
+
+def build_model(checkpoint: str | None, config: PretrainedConfig) -> PreTrainedModel:
+    """A float32 model with exact attention: random weights, or those of `checkpoint`."""
+    options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+    if checkpoint is None:
+        model = AutoModelForCausalLM.from_config(config, **options)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(checkpoint, config=config, **options)
+    model.loss_type = "ForCausalLM"  # Transformers cannot tell from the name GPT2LMHeadModel, and warns
+    return model
+
+
+def muse_settings(arguments: MuseArguments, num_layers: int) -> Any:
+    """The `muse_hf.MuseConfig` that the arguments ask for."""
+    import muse_hf
+
+    given = {name: value for name, value in dataclasses.asdict(arguments).items() if value is not None}
+    del given["layers"], given["paper"]
+    layers = muse_layers(arguments.layers)
+    try:
+        base = muse_hf.MuseConfig.paper() if arguments.paper else muse_hf.MuseConfig(**SMALL_MUSE)
+        config = base.replace(**given)
+        if isinstance(layers, list):
+            config.replace(layers=layers).layer_indices(num_layers)
+    except ValueError as error:
+        raise UsageError(f"{error}.") from error
+    return config
+
+
+def muse_layers(text: str) -> str | list[int]:
+    """`"all"`, `"central"`, or the numbers in a list such as `"2,3"`."""
+    if text in ("all", "central"):
+        return text
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise UsageError(f"--layers {text!r} must be all, central, or layer numbers such as 2,3.") from None
+
+
+def use_muse(model: PreTrainedModel, layers: str, config: Any) -> None:
+    """Replace exact attention in the layers that --layers names."""
+    import muse_hf
+
+    muse_hf.patch_model(model, layers=muse_layers(layers), config=config)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """AdamW's groups: decay for matrices, none for embeddings, biases and norms."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+
+    def chosen(decayed: bool) -> Iterator[nn.Parameter]:
+        for parameter in model.parameters():
+            if (parameter.ndim >= 2 and id(parameter) not in embeddings) == decayed:
+                yield parameter
+
+    return [
+        {"params": list(chosen(True)), "weight_decay": weight_decay},
+        {"params": list(chosen(False)), "weight_decay": 0.0},
+    ]

@@ -1,0 +1,390 @@
+"""Pretrain a GPT-2 or Llama model with exact or MuSe attention, on Accelerate.
+
+Without arguments it trains a small Llama twice on the same batches, with exact and with MuSe attention, on
+the source text of Python's own standard library, and compares the losses. That needs no download and no GPU,
+and takes about three minutes on two cores.
+
+    python examples/pretrain.py
+    python examples/pretrain.py --text my_folder --file_pattern "*.txt" --shape gpt2-tiny --attention muse
+
+PG-19 (books), streamed from the Hub, one GPU, 16k context, MuSe in the central layer:
+
+    python examples/pretrain.py --dataset_name emozilla/pg19 --streaming --shape llama-27m \\
+        --vocab_size 8192 --context_length 16384 --batch_size 1 --gradient_accumulation_steps 4 \\
+        --steps 5000 --learning_rate 1e-3 --warmup_steps 200 --eval_every 250 --checkpoint_every 500 \\
+        --layers central --local_block 1024 --hierarchy flat --cluster_size 32 --num_retrieved 32 \\
+        --mixed_precision bf16 --compare --output_dir runs/pg19
+
+Several processes: accelerate launch --num_processes 8 examples/pretrain.py ...
+After an interruption: python examples/pretrain.py --resume --output_dir runs/pg19
+"""
+
+import dataclasses
+import hashlib
+import logging
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from accelerate import Accelerator, skip_first_batches
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed, tqdm
+from corpus import (
+    Corpus,
+    UsageError,
+    file_corpus,
+    held_out_windows,
+    named_corpus,
+    standard_library_files,
+    text_files,
+    train_tokenizer,
+    training_windows,
+)
+from models import build_model, model_config, muse_settings, parameter_groups, use_muse
+from pretrain_arguments import Arguments, DataArguments, RunArguments, parse_arguments
+from records import DivergedError, Progress, Recorder, read_json, write_json
+from report import plot_losses, summarize, summary_text
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    get_cosine_schedule_with_warmup,
+)
+
+DEFAULT_FOLDER = Path("runs/pretrain")
+
+
+@dataclass
+class Job:
+    """What the trainings of a run have in common."""
+
+    arguments: Arguments
+    folder: Path
+    config: PretrainedConfig
+    muse_config: Any
+    tokenizer: PreTrainedTokenizerBase
+    windows: datasets.Dataset | datasets.IterableDataset
+    held_out: datasets.Dataset
+    tokens_per_step: int
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; returns its exit code."""
+    try:
+        pretrain(parse_arguments(argv, description=__doc__))
+    except (UsageError, DivergedError) as error:
+        print(f"\npretrain.py: error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print(
+            "\npretrain.py: interrupted; go on with --resume --output_dir <folder of the run>.",
+            file=sys.stderr,
+        )
+        return 130
+    return 0
+
+
+def pretrain(arguments: Arguments) -> None:
+    """Train with each attention that is asked for, then report."""
+    run = arguments.run
+    transformers.utils.logging.disable_progress_bar()
+    # Weights that are saved once because they are tied are no news at every checkpoint.
+    logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
+    folder = Path(run.output_dir) if run.resume else new_folder(run.output_dir)
+    accelerator = make_accelerator(run, folder)
+    job = prepare(arguments, accelerator, folder)
+    results = {}
+    for attention in run.attentions:
+        result = folder / attention / "result.json"
+        if not result.exists():
+            train(job, accelerator, attention)
+        results[attention] = read_json(result)
+    if accelerator.is_main_process:
+        plot_losses(folder, run.attentions, folder / "losses.png")
+        summary = summarize(results, folder / "losses.png")
+        write_json(folder / "summary.json", summary)
+        print("\n" + summary_text(summary))
+    accelerator.end_training()
+
+
+def new_folder(output_dir: str | None) -> Path:
+    """A path where nothing exists yet."""
+    if output_dir is None:
+        number, folder = 1, DEFAULT_FOLDER
+        while folder.exists():
+            number += 1
+            folder = DEFAULT_FOLDER.with_name(f"{DEFAULT_FOLDER.name}-{number}")
+        return folder
+    if Path(output_dir).exists():
+        raise UsageError(
+            f"{output_dir!r} exists already and is not overwritten; choose another --output_dir, or continue "
+            "that run with --resume."
+        )
+    return Path(output_dir)
+
+
+def make_accelerator(run: RunArguments, folder: Path) -> Accelerator:
+    """The Accelerator that launches, accumulates, clips, logs and saves."""
+    return Accelerator(
+        mixed_precision=run.mixed_precision,
+        # A step is always the mean of the same number of windows, also across the end of an epoch.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=run.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        step_scheduler_with_optimizer=False,  # else the schedule would run once per process and step
+        log_with="tensorboard",
+        project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "tensorboard")),
+    )
+
+
+def prepare(arguments: Arguments, accelerator: Accelerator, folder: Path) -> Job:
+    """Read the data and check all that can be checked, and only then create the run's folder."""
+    model, data, run = arguments.model, arguments.data, arguments.run
+    corpus = load_corpus(data)
+    tokenizer = load_tokenizer(arguments, corpus, folder / "tokenizer")
+    config = model_config(model, tokenizer, data.context_length)
+    muse_config = None
+    if "muse" in run.attentions:
+        muse_config = muse_settings(arguments.muse, config.num_hidden_layers)
+        if data.context_length <= muse_config.local_block:
+            accelerator.print(
+                f"Note: a window of {data.context_length} tokens is not longer than local_block "
+                f"({muse_config.local_block}), so that MuSe attends exactly."
+            )
+    batch = run.batch_size * accelerator.num_processes
+    windows_per_step = batch * run.gradient_accumulation_steps
+    needed = run.steps * windows_per_step
+    windows = training_windows(corpus, tokenizer, data.context_length, needed, data.streaming)
+    if not data.streaming and len(windows) < batch:
+        raise UsageError(f"the training text fills {len(windows)} windows, fewer than one batch of {batch}.")
+    held_out = held_out_windows(corpus, tokenizer, data.context_length, data.held_out_windows)
+    tokens_per_step = windows_per_step * data.context_length
+    job = Job(arguments, folder, config, muse_config, tokenizer, windows, held_out, tokens_per_step)
+    record_settings(job, accelerator)
+    return job
+
+
+def load_corpus(data: DataArguments) -> Corpus:
+    """The documents that the arguments name."""
+    if data.dataset_name is None:
+        files = text_files(data.text, data.file_pattern) if data.text else standard_library_files()
+        return file_corpus(files, data.held_out_every)
+    return named_corpus(
+        data.dataset_name,
+        data.dataset_config,
+        data.dataset_split,
+        data.streaming,
+        data.text_column,
+        data.held_out_every,
+    )
+
+
+def load_tokenizer(arguments: Arguments, corpus: Corpus, saved: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a resumed run, else the one that is given, else a newly trained BPE."""
+    data = arguments.data
+    name = str(saved) if saved.exists() else data.tokenizer or arguments.model.checkpoint
+    if name is None:
+        return train_tokenizer(corpus.texts(held_out=False), data.vocab_size, data.tokenizer_characters)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"no tokenizer could be opened at {name!r}.") from error
+    if tokenizer.eos_token_id is None:
+        raise UsageError(f"the tokenizer {name!r} has no end-of-text token to put between documents.")
+    return tokenizer
+
+
+def record_settings(job: Job, accelerator: Accelerator) -> None:
+    """Create the folder and save what the run is, or check that a resumed run still is what it was."""
+    settings = {
+        "arguments": job.arguments.values(),
+        "processes": accelerator.num_processes,
+        "mixed_precision": accelerator.mixed_precision,
+        "held_out_windows": len(job.held_out),
+        "held_out_sha256": hashlib.sha256(job.held_out[:]["input_ids"].numpy().tobytes()).hexdigest(),
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers, datasets)},
+    }
+    path = job.folder / "config.json"
+    if path.exists():
+        saved = read_json(path)
+        for name, meaning in (
+            ("processes", "the number of processes"),
+            ("mixed_precision", "the mixed precision"),
+            ("held_out_sha256", "the text"),
+        ):
+            if settings[name] != saved[name]:
+                raise UsageError(f"the run in {str(job.folder)!r} cannot be resumed: {meaning} has changed.")
+        return
+    accelerator.wait_for_everyone()  # all processes have looked for a free folder before one creates it
+    if accelerator.is_main_process:
+        job.folder.mkdir(parents=True)
+        job.tokenizer.save_pretrained(job.folder / "tokenizer")
+        write_json(path, settings)  # last: with this file the run can be resumed
+    accelerator.wait_for_everyone()
+
+
+def train(job: Job, accelerator: Accelerator, attention: str) -> None:
+    """Train one model and write its losses, checkpoints, final weights and result.json."""
+    run = job.arguments.run
+    folder = job.folder / attention
+    set_seed(run.seed)
+    model = build_model(job.arguments.model.checkpoint, job.config)
+    if attention == "muse":
+        use_muse(model, job.arguments.muse.layers, job.muse_config)
+    if run.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, run.weight_decay), lr=run.learning_rate, betas=(0.9, 0.95)
+    )
+    scheduler = get_cosine_schedule_with_warmup(optimizer, run.warmup_steps, run.steps)
+    held_out = DataLoader(job.held_out, batch_size=1)
+    model, optimizer, scheduler, held_out = accelerator.prepare(model, optimizer, scheduler, held_out)
+    progress = resume_or_start(accelerator, folder)
+    recorder = Recorder(accelerator, folder, progress, run.steps, job.tokens_per_step)
+
+    model.train()
+    batch_losses = []
+    for input_ids in training_batches(job, accelerator, progress):
+        with accelerator.accumulate(model):
+            loss = model(input_ids=input_ids, labels=input_ids).loss
+            batch_losses.append(loss.detach())
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(model.parameters(), run.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        if not accelerator.sync_gradients:
+            continue
+        learning_rate = scheduler.get_last_lr()[0]
+        scheduler.step()
+        progress.step += 1
+        recorder.add(torch.stack(batch_losses).mean(), norm, learning_rate)
+        batch_losses.clear()
+
+        last = progress.step == run.steps
+        evaluate = last or progress.step % run.eval_every == 0
+        checkpoint = progress.step % run.checkpoint_every == 0 and not last
+        if evaluate or checkpoint or progress.step % run.log_every == 0:
+            recorder.write()
+        if evaluate:
+            recorder.write_held_out(held_out_loss(accelerator, model, held_out))
+        if checkpoint:
+            save_checkpoint(accelerator, folder, progress, run.keep_checkpoints)
+        if evaluate or checkpoint:
+            recorder.restart_clock()
+        if last:
+            break
+    recorder.close()
+    if accelerator.is_main_process:
+        save_result(job, accelerator.unwrap_model(model), folder, progress, recorder.held_out_loss)
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+
+
+def training_batches(job: Job, accelerator: Accelerator, progress: Progress) -> Iterator[torch.Tensor]:
+    """Batches (batch_size, context_length) without end, from where `progress` stands, which it moves on.
+
+    The order of an epoch follows from the seed and the epoch's number alone, so that a resumed run and a run
+    with another attention see the same batches.
+    """
+    run, data = job.arguments.run, job.arguments.data
+    buffer = {"buffer_size": data.shuffle_buffer} if data.streaming else {}
+    while True:
+        windows = job.windows.shuffle(seed=run.seed + progress.epoch, **buffer)
+        loader = accelerator.prepare(DataLoader(windows, batch_size=run.batch_size, drop_last=True))
+        for batch in skip_first_batches(loader, progress.batch):
+            progress.batch += 1
+            yield batch["input_ids"]
+        if progress.batch == 0:
+            raise UsageError(f"the training text fills fewer windows than one batch of {run.batch_size}.")
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+
+
+@torch.no_grad()
+def held_out_loss(accelerator: Accelerator, model: torch.nn.Module, loader: DataLoader) -> float:
+    """Mean loss in nats per token over the held-out windows, one of which is a batch."""
+    model.eval()
+    losses = []
+    for batch in tqdm(loader, desc="held-out loss", leave=False, unit="window", delay=2):
+        loss = model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss
+        losses.append(accelerator.gather_for_metrics(loss.reshape(1)))
+    model.train()
+    return torch.cat(losses).mean().item()
+
+
+def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, keep: int) -> None:
+    """Write checkpoint-<step>, which under that name is always complete, and remove the oldest."""
+    partial = folder / "checkpoint.partial"
+    accelerator.save_state(str(partial))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_json(partial / "progress.json", dataclasses.asdict(progress))
+        partial.rename(folder / f"checkpoint-{progress.step}")
+        for old in checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in a folder, oldest first."""
+    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
+def resume_or_start(accelerator: Accelerator, folder: Path) -> Progress:
+    """Load the newest checkpoint of a folder, if there is one."""
+    found = checkpoints(folder)
+    if not found:
+        return Progress()
+    accelerator.load_state(str(found[-1]))
+    progress = Progress(**read_json(found[-1] / "progress.json"))
+    accelerator.print(f"Continuing after step {progress.step} from {found[-1]}.")
+    return progress
+
+
+def save_result(
+    job: Job, model: PreTrainedModel, folder: Path, progress: Progress, held_out_loss: float
+) -> None:
+    """Save the model with its tokenizer and, last, what was measured: the mark of a finished training."""
+    model.save_pretrained(folder / "model")
+    job.tokenizer.save_pretrained(folder / "model")
+    tokens = progress.step * job.tokens_per_step
+    result = {
+        "held_out_loss": held_out_loss,
+        "held_out_tokens": len(job.held_out) * job.arguments.data.context_length,
+        "steps": progress.step,
+        "tokens": tokens,
+        "seconds": progress.seconds,
+        "seconds_per_step": progress.seconds / progress.step,
+        "tokens_per_second": tokens / progress.seconds,
+        "model": str(folder / "model"),
+        "sample": sample_text(model, job.tokenizer, job.arguments.run),
+    }
+    write_json(folder / "result.json", result)
+
+
+@torch.no_grad()
+def sample_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: RunArguments) -> str:
+    """Text that the model continues from the prompt, drawn with the run's seed."""
+    set_seed(run.seed)
+    prompt = tokenizer(run.prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
+    model.eval()
+    tokens = model.generate(
+        input_ids=prompt["input_ids"],
+        attention_mask=prompt["attention_mask"],
+        max_new_tokens=run.sample_tokens,
+        do_sample=True,
+        temperature=0.8,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    return tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,281 @@
+"""The arguments of pretrain.py: what they mean, their defaults (the default job), and which are refused."""
+
+import argparse
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from corpus import UsageError
+from records import read_json
+from transformers import HfArgumentParser
+
+# Arguments that a resumed run may change, because the losses do not depend on them.
+FREE_ON_RESUME = {"output_dir", "resume", "log_every", "checkpoint_every", "keep_checkpoints"}
+MAY_BE_ZERO = {"warmup_steps", "weight_decay", "seed", "num_retrieved", "kmeans_iters", "sample_tokens"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model by its numbers; `mlp` is the inner width of Llama's MLP (GPT-2's is four times its width)."""
+
+    family: str
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    mlp: int | None = None
+
+
+SHAPES = {
+    "llama-tiny": Shape("llama", layers=3, width=128, heads=2, kv_heads=2, mlp=384),
+    "llama-27m": Shape("llama", layers=7, width=512, heads=8, kv_heads=8, mlp=1408),
+    "llama-1b": Shape("llama", layers=16, width=2048, heads=32, kv_heads=8, mlp=8192),
+    "gpt2-tiny": Shape("gpt2", layers=3, width=128, heads=2, kv_heads=2),
+    "gpt2-30m": Shape("gpt2", layers=7, width=512, heads=8, kv_heads=8),
+    "gpt2": Shape("gpt2", layers=12, width=768, heads=12, kv_heads=12),
+}
+
+
+def option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelArguments:
+    _argument_group_name = "Model"
+
+    shape: str = option(
+        "llama-tiny", f"Train from random weights in this shape, one of: {', '.join(SHAPES)}."
+    )
+    num_layers: int | None = option(None, "Number of layers, instead of the shape's.")
+    hidden_size: int | None = option(None, "Width of the model, instead of the shape's.")
+    num_heads: int | None = option(None, "Attention heads of a layer, instead of the shape's.")
+    num_kv_heads: int | None = option(
+        None, "Key/value heads of a Llama layer, fewer than heads for grouped-query attention."
+    )
+    checkpoint: str | None = option(
+        None,
+        "Continue from this model, a folder or a name on the Hub, instead of random weights. Its dropout is "
+        "turned off.",
+    )
+
+
+@dataclass
+class DataArguments:
+    _argument_group_name = "Data"
+
+    text: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Text files, and folders that are searched for them. A file is a document. Without --text"
+            " and --dataset_name: the source text of Python's standard library."
+        },
+    )
+    file_pattern: str = option("*", "Which files of the folders to read, such as '*.txt'.")
+    dataset_name: str | None = option(
+        None, "A dataset for datasets.load_dataset, such as emozilla/pg19 (PG-19 as Parquet files)."
+    )
+    dataset_config: str | None = option(None, "Configuration of that dataset, if it has several.")
+    dataset_split: str = option("train", "Split of that dataset to train on.")
+    text_column: str = option("text", "Column of that dataset that holds the text.")
+    streaming: bool = option(
+        False,
+        "Tokenise while training and keep no corpus in memory or on disk. Resuming reads the consumed text "
+        "again.",
+    )
+    shuffle_buffer: int = option(256, "Windows from which a batch is drawn at random when streaming.")
+    context_length: int = option(
+        2048,
+        "Tokens in a training window. Documents are concatenated, each followed by the end-of-text token, "
+        "and cut in full windows. As usual in pretraining, attention may look across document ends inside a "
+        "window.",
+    )
+    held_out_every: int = option(
+        20, "One document in this many is kept out of training, for the held-out loss."
+    )
+    held_out_windows: int = option(
+        16, "Windows of held-out documents on which the held-out loss is measured."
+    )
+    tokenizer: str | None = option(
+        None,
+        "A tokenizer, as a folder or a name on the Hub. Left out: the checkpoint's, or else a byte-level BPE "
+        "that is trained on the corpus.",
+    )
+    vocab_size: int = option(2048, "Tokens of the trained BPE. 8192 to 32768 suit larger models.")
+    tokenizer_characters: int = option(4_000_000, "Characters of training text that the BPE is trained on.")
+
+
+@dataclass
+class MuseArguments:
+    _argument_group_name = "MuSe attention (all defaults suit the small default job)"
+
+    layers: str = option(
+        "all", "Layers that use MuSe: all, central, or numbers such as 2,3 or -1 (write --layers=-2,-1)."
+    )
+    paper: bool = option(
+        False,
+        "Start from the paper's setting (64 tilted clusters, dipole, blocks of 8192, no retrieval) instead; "
+        "the options below still change it.",
+    )
+    local_block: int | None = option(
+        None, "Tokens attended exactly around each token, and in the smallest far block (default: 256)."
+    )
+    hierarchy: Literal["flat", "dyadic"] | None = option(
+        None, "Far blocks of equal length, or doubling in length with distance (default: dyadic)."
+    )
+    cluster_size: int | None = option(None, "Mean number of keys in a cluster (default: 16).")
+    num_clusters: int | None = option(
+        None, "Clusters of a far block, whatever its length, instead of a size."
+    )
+    num_retrieved: int | None = option(
+        None, "Clusters that every query attends to exactly; more is slower and closer to exact (default: 8)."
+    )
+    summaries: Literal["plain", "tilted"] | None = option(
+        None, "Clusters summed up by their means, or weighted for groups of similar queries (default: plain)."
+    )
+    multipole: Literal["monopole", "dipole"] | None = option(
+        None,
+        "Values of a cluster constant, or linear in the query, for tilted summaries (default: monopole).",
+    )
+    query_centroids: Literal["past", "own"] | None = option(
+        None,
+        "Tilted summaries use query groups of the earlier block, or of the attending block as in the paper, "
+        "which is not strictly causal (default: past).",
+    )
+    kmeans_iters: int | None = option(None, "Times that k-means updates its centroids (default: 1).")
+    cluster_cap: float | None = option(
+        None, "Largest cluster, as a multiple of the mean size (default: 1.5)."
+    )
+
+
+@dataclass
+class RunArguments:
+    _argument_group_name = "Run"
+
+    compare: bool = option(
+        False,
+        "Train with exact and then with MuSe attention, from the same start on the same batches, and draw "
+        "both losses in one plot. Implied if --attention is left out.",
+    )
+    attention: Literal["exact", "muse"] | None = option(None, "Train with this attention only.")
+    output_dir: str | None = option(
+        None,
+        "New folder for everything the run writes; an existing one is refused. Left out: runs/pretrain, or "
+        "the next free of runs/pretrain-2, runs/pretrain-3, ...",
+    )
+    resume: bool = option(
+        False,
+        "Continue the interrupted run in --output_dir from its newest checkpoint, with the losses it would "
+        "have had. Arguments left out are those of the run.",
+    )
+    steps: int = option(220, "Optimizer steps.")
+    batch_size: int = option(1, "Windows in one forward pass of each process.")
+    gradient_accumulation_steps: int = option(1, "Forward and backward passes in one optimizer step.")
+    learning_rate: float = option(2e-3, "Highest learning rate, after warm-up; falls to zero as a cosine.")
+    warmup_steps: int = option(20, "Steps during which the learning rate rises from zero.")
+    weight_decay: float = option(
+        0.1, "AdamW's weight decay, for matrices; not for embeddings, biases, norms."
+    )
+    max_grad_norm: float = option(1.0, "Gradients of a larger norm are clipped to it.")
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = option(
+        None,
+        "Precision of the forward pass; bf16 for recent GPUs (default: Accelerate's setting, or else no).",
+    )
+    gradient_checkpointing: bool = option(
+        False,
+        "Compute activations again in the backward pass instead of keeping them: less memory, more time.",
+    )
+    seed: int = option(0, "Seed of the weights, of the order of the windows, and of the generated text.")
+    eval_every: int = option(55, "Steps between two measurements of the held-out loss.")
+    log_every: int = option(5, "Steps between two updates of the progress bar and of losses.csv.")
+    checkpoint_every: int = option(110, "Steps between two checkpoints.")
+    keep_checkpoints: int = option(2, "Newest checkpoints of each attention that are kept.")
+    prompt: str = option("def ", "Start of the text that is generated at the end.")
+    sample_tokens: int = option(120, "Tokens that are generated at the end.")
+
+    @property
+    def attentions(self) -> list[str]:
+        return ["exact", "muse"] if self.attention is None else [self.attention]
+
+
+@dataclass
+class Arguments:
+    model: ModelArguments
+    data: DataArguments
+    muse: MuseArguments
+    run: RunArguments
+
+    def values(self) -> dict[str, Any]:
+        """All arguments by name, in one mapping."""
+        groups = (self.model, self.data, self.muse, self.run)
+        return {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the description, and shows defaults, except "(default: None)"."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def parse_arguments(argv: list[str] | None, description: str) -> Arguments:
+    """The arguments, completed from the saved ones when a run is resumed."""
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, MuseArguments, RunArguments),
+        description=description,
+        usage="python examples/pretrain.py [options]",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+
+    def parse() -> Arguments:
+        *groups, unknown = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+        if unknown:
+            raise UsageError(f"there is no argument {unknown[0]!r} (see --help).")
+        return Arguments(*groups)
+
+    arguments = parse()
+    if arguments.run.resume:
+        saved = saved_arguments(arguments.run.output_dir)
+        parser.set_defaults(**{name: saved[name] for name in saved.keys() - {"output_dir", "resume"}})
+        arguments = parse()
+        values = arguments.values()
+        if changed := sorted({name for name in values if values[name] != saved.get(name)} - FREE_ON_RESUME):
+            raise UsageError(
+                f"a resumed run keeps its arguments, but {', '.join(changed)} would differ from those in "
+                f"{str(Path(arguments.run.output_dir, 'config.json'))!r}."
+            )
+    check(arguments)
+    return arguments
+
+
+def saved_arguments(output_dir: str | None) -> dict[str, Any]:
+    """The arguments of the run in a folder."""
+    if output_dir is None:
+        raise UsageError("--resume needs --output_dir, the folder of the run to continue.")
+    path = Path(output_dir, "config.json")
+    if not path.exists():
+        raise UsageError(f"there is nothing to resume in {output_dir!r}: it holds no config.json of a run.")
+    return read_json(path)["arguments"]
+
+
+def check(arguments: Arguments) -> None:
+    """Refuse numbers that make no sense and arguments that exclude each other."""
+    values = arguments.values()
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if value < 0 or (value == 0 and name not in MAY_BE_ZERO):
+            raise UsageError(f"--{name} {value} is too small.")
+    for one, other in (("text", "dataset_name"), ("compare", "attention")):
+        if values[one] and values[other]:
+            raise UsageError(f"give --{one} or --{other}, not both.")
+    if values["held_out_every"] < 2 or values["context_length"] < 2:
+        raise UsageError("--held_out_every and --context_length must be at least 2.")
+    if values["checkpoint"] is None and values["shape"] not in SHAPES:
+        raise UsageError(f"there is no shape {values['shape']!r}: the shapes are {', '.join(SHAPES)}.")
+    if not values["prompt"]:
+        raise UsageError("--prompt must not be empty.")

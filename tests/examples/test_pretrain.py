@@ -1,0 +1,374 @@
+"""The pretraining example: packing, resuming, refusing, and everything that a run must leave behind."""
+
+import csv
+import itertools
+import json
+import os
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import pretrain  # noqa: E402
+from corpus import (  # noqa: E402
+    file_corpus,
+    held_out_windows,
+    pack,
+    read_files,
+    standard_library_files,
+    text_files,
+    tokenize,
+    train_tokenizer,
+    training_windows,
+)
+from models import build_model, model_config, parameter_groups  # noqa: E402
+from pretrain_arguments import ModelArguments  # noqa: E402
+
+TINY = shlex.split(
+    "--num_layers 2 --hidden_size 32 --num_heads 2 --vocab_size 320 --tokenizer_characters 20000 "
+    "--context_length 64 --held_out_every 5 --held_out_windows 4 --batch_size 2 --learning_rate 1e-2 "
+    "--warmup_steps 2 --log_every 4 --sample_tokens 8"
+)
+TINY_MUSE = shlex.split("--local_block 16 --cluster_size 4 --num_retrieved 2")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder of 40 small documents of words, the same every time."""
+    path = tmp_path_factory.mktemp("text")
+    generator = random.Random(0)
+    words = ["".join(generator.choices("abcdefgh", k=generator.randint(2, 6))) for _ in range(60)]
+    for index in range(40):
+        path.joinpath(f"{index:02}.txt").write_text(" ".join(generator.choices(words, k=300)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return train_tokenizer((path.read_text() for path in sorted(folder.iterdir())), 320, 20000)
+
+
+@pytest.fixture
+def corpus(folder):
+    return file_corpus(text_files([str(folder)], "*"), held_out_every=5)
+
+
+def run(*arguments) -> int:
+    """Run the script in this process, as if it were the first time; its exit code."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return pretrain.main([str(argument) for argument in arguments])
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def losses(output: Path, attention: str = "exact") -> list[tuple[str, str]]:
+    """(step, loss) as they are written, so that equality means equality to the last bit."""
+    return [(row["step"], row["loss"]) for row in rows(output / attention / "losses.csv")]
+
+
+def test_packing_keeps_every_token_once_and_ends_every_document():
+    documents = [[1, 2, 3], [4], [], [5, 6, 7, 8, 9, 10, 11], [12, 13]]
+    stream = [1, 2, 3, 0, 4, 0, 0, 5, 6, 7, 8, 9, 10, 11, 0, 12, 13, 0]
+    for length in (1, 2, 4, 5, 18, 19):
+        windows = list(pack(documents, end=0, length=length))
+        full = len(stream) // length * length
+        assert all(window.shape == (length,) for window in windows), f"a window is not {length} tokens long"
+        packed = [token for window in windows for token in window.tolist()]
+        assert packed == stream[:full], f"windows of {length} tokens are not the documents in order: {packed}"
+
+
+def test_windows_spell_out_the_training_documents(corpus, tokenizer):
+    texts = list(corpus.texts(held_out=False))
+    windows = training_windows(corpus, tokenizer, length=64, count=10**6, streaming=False)
+    tokens = np.concatenate([window["input_ids"] for window in windows])
+    decoded = tokenizer.decode(tokens).split(tokenizer.eos_token)
+    assert decoded[:-1] == texts[: len(decoded) - 1], "the windows do not spell out the documents in order"
+    assert len(texts) - len(decoded) <= 1, "documents are missing at the end"
+
+
+def test_streamed_windows_are_those_in_memory(corpus, tokenizer):
+    kept = training_windows(corpus, tokenizer, length=64, count=10, streaming=False)
+    streamed = training_windows(corpus, tokenizer, length=64, count=10, streaming=True)
+    for index, (one, other) in enumerate(zip(kept, itertools.islice(streamed, 10))):
+        assert torch.equal(one["input_ids"], other["input_ids"]), f"window {index} differs when streaming"
+
+
+def test_held_out_documents_are_never_trained_on(corpus, folder):
+    training, held_out = (set(corpus.texts(held_out=share)) for share in (False, True))
+    everything = {path.read_text() for path in folder.iterdir()}
+    assert not training & held_out, "documents are both trained on and held out"
+    assert training | held_out == everything, "documents are in neither share"
+    assert len(held_out) == len(everything) // 5, (
+        f"{len(held_out)} of {len(everything)} documents are held out"
+    )
+
+
+def test_end_of_text_inside_a_document_is_text(tokenizer):
+    text = f"one {tokenizer.eos_token} two"
+    (tokens,) = tokenize([text], tokenizer)
+    assert tokenizer.eos_token_id not in tokens, "a document can forge the end of a document"
+    assert tokenizer.decode(tokens) == text
+
+
+def test_unreadable_files_are_left_out(tmp_path):
+    for name, content in {"a": b"text", "b": b"\xff\xfe\xfa", "c": b"nul\0nul", "d": b"  \n"}.items():
+        (tmp_path / name).write_bytes(content)
+    assert [document["text"] for document in read_files(sorted(map(str, tmp_path.iterdir())))] == ["text"]
+
+
+def test_the_default_corpus_is_the_standard_library():
+    files = standard_library_files()
+    names = {path.name for path in files}
+    assert {"argparse.py", "dataclasses.py"} <= names, "modules of the standard library are missing"
+    assert files == sorted(files), "the order of the files depends on the file system"
+    assert not [path for path in files if "site-packages" in path.parts], (
+        "installed packages are in the corpus"
+    )
+
+
+@pytest.mark.parametrize("shape", ["gpt2-tiny", "llama-tiny"])
+def test_shapes_build_without_dropout(shape, tokenizer):
+    config = model_config(ModelArguments(shape=shape, num_layers=1, hidden_size=64), tokenizer, 128)
+    model = build_model(None, config).train()
+    ids = torch.randint(len(tokenizer), (2, 128), generator=torch.Generator().manual_seed(0))
+    first, second = (model(input_ids=ids, labels=ids).loss.item() for _ in range(2))
+    assert first == second, f"{shape} has dropout: two passes give {first} and {second}"
+    assert first == pytest.approx(np.log(len(tokenizer)), rel=0.1), (
+        f"{shape} does not start from a uniform guess"
+    )
+    decayed, free = (group["params"] for group in parameter_groups(model, 0.1))
+    assert len(decayed) + len(free) == len(list(model.parameters())), "a parameter is in no group or in two"
+    embeddings = model.get_input_embeddings().weight
+    assert not any(parameter is embeddings for parameter in decayed), f"{shape}'s embeddings are decayed"
+    assert all(parameter.ndim >= 2 for parameter in decayed), f"{shape}'s norms or biases are decayed"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder, tmp_path_factory) -> Path:
+    """A finished run with exact attention: accumulation, several epochs, checkpoints."""
+    output = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    assert run(*interruptible(folder, output)) == 0
+    return output
+
+
+def interruptible(folder: Path, output: Path) -> list[str]:
+    schedule = "--steps 100 --gradient_accumulation_steps 2 --checkpoint_every 6 --eval_every 25"
+    where = ["--text", str(folder), "--output_dir", str(output), "--attention", "exact"]
+    return [*where, *TINY, *shlex.split(schedule)]
+
+
+def test_a_run_leaves_all_its_files_and_learns(uninterrupted):
+    for path in shlex.split(
+        "config.json summary.json losses.png tokenizer/tokenizer.json exact/losses.csv exact/held_out.csv "
+        "exact/result.json exact/model/model.safetensors exact/model/tokenizer.json exact/checkpoint-96"
+    ):
+        assert (uninterrupted / path).exists(), f"{path} is missing"
+    assert list(uninterrupted.glob("tensorboard/exact/events*")), "TensorBoard has no events"
+    assert len(list(uninterrupted.glob("exact/checkpoint*"))) == 2, "old checkpoints are not removed"
+    assert uninterrupted.joinpath("losses.png").read_bytes()[:4] == b"\x89PNG"
+
+    table = rows(uninterrupted / "exact/losses.csv")
+    assert [int(row["step"]) for row in table] == list(range(1, 101)), "not every step has one row"
+    assert int(table[-1]["tokens"]) == 100 * 2 * 2 * 64
+    start, end = (np.mean([float(row["loss"]) for row in part]) for part in (table[:5], table[-5:]))
+    assert end < start - 1, f"the training loss went from {start:.2f} to {end:.2f} only"
+    held_out = [float(row["loss"]) for row in rows(uninterrupted / "exact/held_out.csv")]
+    assert len(held_out) == 4, f"eval_every=25 in 100 steps gave {len(held_out)} held-out losses"
+    summary = json.loads(uninterrupted.joinpath("summary.json").read_text())
+    assert summary["exact"]["held_out_loss"] == held_out[-1] < held_out[0]
+    assert summary["exact"]["sample"].startswith("def ")
+
+
+def test_the_saved_model_has_the_held_out_loss_of_the_summary(uninterrupted, corpus):
+    result = json.loads(uninterrupted.joinpath("summary.json").read_text())["exact"]
+    model = AutoModelForCausalLM.from_pretrained(result["model"])
+    tokenizer = AutoTokenizer.from_pretrained(result["model"])
+    windows = held_out_windows(corpus, tokenizer, length=64, count=4)[:]["input_ids"]
+    with torch.no_grad():
+        loss = model(input_ids=windows, labels=windows).loss.item()
+    assert loss == pytest.approx(result["held_out_loss"], abs=1e-4)
+
+
+def test_resuming_after_kill_9_gives_the_same_losses(folder, uninterrupted, tmp_path):
+    output = tmp_path / "killed"
+    command = [sys.executable, str(EXAMPLES / "pretrain.py"), *interruptible(folder, output)]
+    process = subprocess.Popen(
+        command,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while process.poll() is None and not list(output.glob("exact/checkpoint-?*")):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    printed = process.communicate()[0]
+    assert process.returncode == -signal.SIGKILL, f"the run ended before it was killed:\n{printed}"
+    assert not (output / "exact/result.json").exists(), "the run was complete before it was killed"
+
+    assert run("--resume", "--output_dir", output) == 0
+    assert losses(output) == losses(uninterrupted), "the resumed run has other losses"
+    held_out = "exact/held_out.csv"
+    assert rows(output / held_out) == rows(uninterrupted / held_out), (
+        "the resumed run has other held-out losses"
+    )
+    weights = "exact/model/model.safetensors"
+    assert (output / weights).read_bytes() == (uninterrupted / weights).read_bytes(), "the weights differ"
+
+
+def test_streaming_resumes_with_the_same_losses(folder, tmp_path, monkeypatch):
+    def arguments(output):
+        where = ["--text", folder, "--output_dir", output, "--attention", "exact", *TINY]
+        return [*where, *shlex.split("--streaming --shuffle_buffer 8 --steps 24 --checkpoint_every 5")]
+
+    assert run(*arguments(tmp_path / "whole")) == 0
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            pretrain, "held_out_loss", interrupt
+        )  # the last step is where the loss is first held out
+        assert run(*arguments(tmp_path / "broken")) == 130
+    assert run("--resume", "--output_dir", tmp_path / "broken") == 0
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole"), "the resumed stream has other losses"
+
+
+def test_a_resumed_run_keeps_its_arguments(uninterrupted, capsys):
+    assert run("--resume", "--output_dir", uninterrupted, "--learning_rate", "0.5", "--steps", "7") == 2
+    message = capsys.readouterr().err
+    assert "learning_rate, steps would differ" in message, message
+
+
+def test_compare_trains_both_on_the_same_batches(folder, tmp_path, capsys):
+    output = tmp_path / "compare"
+    where = ["--text", folder, "--output_dir", output, "--compare", *TINY, *TINY_MUSE]
+    assert run(*where, "--steps", 40, "--eval_every", 20, "--layers", "-1") == 0
+    exact, muse = losses(output, "exact"), losses(output, "muse")
+    assert float(muse[0][1]) == pytest.approx(float(exact[0][1]), abs=0.02), (
+        "the first batches or weights differ"
+    )
+    assert [loss for _, loss in exact] != [loss for _, loss in muse], "MuSe attention changed nothing"
+    assert float(muse[-1][1]) < float(muse[0][1]) - 0.5, (
+        f"MuSe attention does not learn: {muse[0]} to {muse[-1]}"
+    )
+    assert output.joinpath("losses.png").stat().st_size > 10_000, "the plot is empty"
+    summary = json.loads(output.joinpath("summary.json").read_text())
+    relative = summary["muse"]["held_out_loss"] / summary["exact"]["held_out_loss"] - 1
+    assert summary["muse_relative_to_exact"] == pytest.approx(relative)
+    for attention in ("exact", "muse"):
+        AutoModelForCausalLM.from_pretrained(output / attention / "model")
+    printed = capsys.readouterr().out
+    for part in (f"{relative:+.2%}", str(output / "losses.png"), str(output / "muse" / "model"), "def "):
+        assert part in printed, f"{part!r} is not in the printed summary:\n{printed}"
+
+
+def test_a_finished_part_of_a_comparison_is_not_trained_again(folder, tmp_path, monkeypatch):
+    output = tmp_path / "compare"
+    where = ["--text", folder, "--output_dir", output, *TINY, *TINY_MUSE, "--steps", 6]
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pretrain, "use_muse", interrupt)
+        assert run(*where) == 130
+    before = output.joinpath("exact/losses.csv").stat().st_mtime_ns
+    assert run("--resume", "--output_dir", output) == 0
+    assert output.joinpath("exact/losses.csv").stat().st_mtime_ns == before, (
+        "exact attention was trained again"
+    )
+    assert len(losses(output, "muse")) == 6
+
+
+def test_a_checkpoint_trains_on_with_muse_in_low_precision(uninterrupted, folder, tmp_path):
+    start = json.loads(uninterrupted.joinpath("summary.json").read_text())["exact"]
+    where = ["--text", folder, "--output_dir", tmp_path / "new", "--attention", "muse", *TINY, *TINY_MUSE]
+    how = shlex.split(
+        "--steps 5 --learning_rate 1e-5 --num_retrieved 16 --mixed_precision bf16 --gradient_checkpointing"
+    )
+    assert run(*where, "--checkpoint", start["model"], *how) == 0
+    result = json.loads((tmp_path / "new/summary.json").read_text())["muse"]
+    assert result["held_out_loss"] == pytest.approx(start["held_out_loss"], abs=0.05), (
+        "the weights were not loaded"
+    )
+
+
+def test_existing_folder_is_refused_and_untouched(folder, tmp_path, capsys):
+    tmp_path.joinpath("mine").write_text("precious")
+    assert run("--text", folder, "--output_dir", tmp_path, *TINY) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"], (
+        "something was written to the existing folder"
+    )
+
+
+def test_default_folder_is_the_next_free_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for expected in ("runs/pretrain", "runs/pretrain-2", "runs/pretrain-3"):
+        path = pretrain.new_folder(None)
+        assert str(path) == expected
+        path.mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--text", "nowhere/at/all"], "there is no file or folder 'nowhere/at/all'"),
+        (["--text", "{empty}"], "no readable text"),
+        (["--context_length", "1000000"], "shorter than one window of 1000000 tokens"),
+        (["--held_out_every", "41"], "held-out documents"),
+        (["--shape", "bert"], "no shape 'bert': the shapes are llama-tiny"),
+        (["--num_heads", "3"], "must be a multiple"),
+        (["--layers", "middle"], "--layers 'middle' must be"),
+        (["--layers", "7"], "layer 7 is out of range"),
+        (["--cluster_size", "512"], "MuseConfig.cluster_size=512"),
+        (["--steps", "0"], "--steps 0 is too small"),
+        (["--epochs", "3"], "no argument '--epochs'"),
+        (["--compare", "--attention", "muse"], "not both"),
+        (["--resume"], "nothing to resume"),
+    ],
+)
+def test_errors_are_one_sentence(arguments, message, folder, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    text = [] if "--text" in arguments else ["--text", folder]
+    arguments = [argument.format(empty=tmp_path / "empty") for argument in arguments]
+    assert run(*text, *TINY, "--output_dir", tmp_path / "new", *arguments) == 2
+    printed = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in printed, printed
+    assert printed.endswith("."), printed
+    assert not (tmp_path / "new").exists(), "a refused run left a folder behind"
+
+
+def test_a_diverged_run_says_what_to_try(folder, tmp_path, capsys):
+    where = ["--text", folder, "--output_dir", tmp_path / "new", "--attention", "exact", *TINY]
+    assert run(*where, "--learning_rate", "1e30", "--steps", 12) == 1
+    message = capsys.readouterr().err
+    assert "try a lower --learning_rate" in message, message
+    assert not list(tmp_path.glob("new/exact/checkpoint*")), "a diverged model was saved"
+
+
+def test_help_explains_every_argument(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        run("--help")
+    assert exit_info.value.code == 0
+    printed = capsys.readouterr().out
+    assert "PG-19" in printed
+    assert "None)" not in printed, "a default is shown as None"

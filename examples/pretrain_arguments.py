@@ -172,7 +172,7 @@ class RunArguments:
     steps: int = option(220, "Optimizer steps.")
     batch_size: int = option(1, "Windows in one forward pass of each process.")
     gradient_accumulation_steps: int = option(1, "Forward and backward passes in one optimizer step.")
-    learning_rate: float = option(2e-3, "Highest learning rate, after warm-up; falls to zero as a cosine.")
+    learning_rate: float = option(4e-3, "Highest learning rate, after warm-up; falls to zero as a cosine.")
     warmup_steps: int = option(20, "Steps during which the learning rate rises from zero.")
     weight_decay: float = option(
         0.1, "AdamW's weight decay, for matrices; not for embeddings, biases, norms."

@@ -169,11 +169,11 @@ class RunArguments:
         "Continue the interrupted run in --output_dir from its newest checkpoint, with the losses it would "
         "have had. Arguments left out are those of the run.",
     )
-    steps: int = option(220, "Optimizer steps.")
+    steps: int = option(60, "Optimizer steps.")
     batch_size: int = option(1, "Windows in one forward pass of each process.")
     gradient_accumulation_steps: int = option(1, "Forward and backward passes in one optimizer step.")
     learning_rate: float = option(4e-3, "Highest learning rate, after warm-up; falls to zero as a cosine.")
-    warmup_steps: int = option(20, "Steps during which the learning rate rises from zero.")
+    warmup_steps: int = option(8, "Steps during which the learning rate rises from zero.")
     weight_decay: float = option(
         0.1, "AdamW's weight decay, for matrices; not for embeddings, biases, norms."
     )
@@ -187,9 +187,9 @@ class RunArguments:
         "Compute activations again in the backward pass instead of keeping them: less memory, more time.",
     )
     seed: int = option(0, "Seed of the weights, of the order of the windows, and of the generated text.")
-    eval_every: int = option(55, "Steps between two measurements of the held-out loss.")
+    eval_every: int = option(20, "Steps between two measurements of the held-out loss.")
     log_every: int = option(5, "Steps between two updates of the progress bar and of losses.csv.")
-    checkpoint_every: int = option(110, "Steps between two checkpoints.")
+    checkpoint_every: int = option(30, "Steps between two checkpoints.")
     keep_checkpoints: int = option(2, "Newest checkpoints of each attention that are kept.")
     prompt: str = option("def ", "Start of the text that is generated at the end.")
     sample_tokens: int = option(120, "Tokens that are generated at the end.")

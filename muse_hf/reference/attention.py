@@ -14,7 +14,7 @@ from muse_hf.config import MuseConfig
 from muse_hf.reference.blocks import KeyBlocks, build_key_blocks
 from muse_hf.reference.exact import exact_backward, exact_forward
 from muse_hf.reference.refinement import refine
-from muse_hf.reference.retrieval import Retrieval, split_members
+from muse_hf.reference.retrieval import Retrieval
 
 # Entries of the largest temporary, the queries of a block once for every cluster they retrieve. The batch is
 # worked through in parts that keep it this small: less memory, and on the CPU it stays in warm pages.
@@ -138,7 +138,7 @@ class _Attend(torch.autograd.Function):
                 )
                 parts.append((local, torch.ones_like(local_lse), local_lse))
             if chunk.seen:
-                far, choice = _far_forward(queries, _seen(chunk, tensors), num_retrieved)
+                far, choice = _far_forward(queries, _levels(tensors), chunk.seen, num_retrieved)
                 parts += far
             choices.append(choice)
             output[:, :, chunk.queries], lse[:, :, chunk.queries] = merge(parts)
@@ -163,8 +163,9 @@ class _Attend(torch.autograd.Function):
                 grads[1][:, chunk.keys] += shares[1]
                 grads[2][:, chunk.keys] += shares[2]
             if chunk.seen:
-                grad_seen = _seen(chunk, grad_tensors)
-                grads[0][:, :, chunk.queries] += _far_backward(*own, _seen(chunk, tensors), choice, grad_seen)
+                grads[0][:, :, chunk.queries] += _far_backward(
+                    *own, _levels(tensors), chunk.seen, choice, _levels(grad_tensors)
+                )
         return (*grads, None, None, None, *grad_tensors)
 
 
@@ -183,16 +184,16 @@ def merge(
     return numerator / denominator[..., None], top + denominator.log()
 
 
-def _far_forward(queries, seen, num_retrieved):
+def _far_forward(queries, levels, seen, num_retrieved):
     """Summaries and retrieved clusters as parts for `merge`, and the choice (X, P, r) of the latter."""
     heads = queries.shape[1:3]
     folded = queries.flatten(1, 2)
-    logits, combine = _refine_all(folded, heads[0], seen)
+    logits, combine = _refine_all(folded, heads[0], _narrow(levels, seen))
     parts, choice = [], None
     if num_retrieved:
         choice = logits.topk(min(num_retrieved, logits.shape[-1]), sorted=False).indices
         logits.scatter_(-1, choice, -torch.inf)
-        parts.append(Retrieval(folded, choice, seen).forward())
+        parts += [retrieval.forward() for retrieval in _retrievals(folded, choice, levels, seen)]
         choice = choice.to(torch.int32)
     shift = logits.amax(-1).clamp(min=torch.finfo(logits.dtype).min)
     weights = logits.sub_(shift[..., None]).exp_()
@@ -200,11 +201,11 @@ def _far_forward(queries, seen, num_retrieved):
     return [[tensor.unflatten(1, heads) for tensor in part] for part in parts], choice
 
 
-def _far_backward(grad, queries, output, lse, seen, choice, grad_seen):
-    """Gradient of the queries; those of the key blocks are added to `grad_seen`."""
+def _far_backward(grad, queries, output, lse, levels, seen, choice, grad_levels):
+    """Gradient of the queries; those of the key blocks are added to `grad_levels`."""
     grad, folded, output, lse = (tensor.flatten(1, 2) for tensor in (grad, queries, output, lse))
     leaf = folded.detach().requires_grad_()
-    leaves = [_with_gradient(blocks) for blocks in seen]
+    leaves = [_with_gradient(blocks) for blocks in _narrow(levels, seen)]
     with torch.enable_grad():
         logits, combine = _refine_all(leaf, queries.shape[1], leaves)
         if choice is not None:
@@ -215,15 +216,21 @@ def _far_backward(grad, queries, output, lse, seen, choice, grad_seen):
     wanted = [leaf] + [getattr(blocks, name) for blocks, name in _summaries_of(leaves)]
     delta = (grad * output).sum(-1)
     grad_query, *shares = torch.autograd.grad(sums, wanted, [grad, -delta])
-    for (blocks, name), share in zip(_summaries_of(grad_seen), shares):
+    for (blocks, name), share in zip(_summaries_of(_narrow(grad_levels, seen)), shares):
         getattr(blocks, name).add_(share)
     if choice is not None:
-        share, *members = Retrieval(folded, choice, seen).backward(grad, lse, delta)
-        grad_query = grad_query + share
-        for name, member in zip(("keys", "values"), members):
-            for blocks, part in zip(grad_seen, split_members(member, seen)):
-                getattr(blocks, name).add_(part)
+        grad_of_seen = [grad_levels[level] for level, *_ in seen]
+        for retrieval, target in zip(_retrievals(folded, choice, levels, seen), grad_of_seen):
+            grad_query = grad_query + retrieval.backward(grad, lse, delta, target.keys, target.values)
     return grad_query.unflatten(1, queries.shape[1:3])
+
+
+def _retrievals(folded, choice, levels, seen):
+    """The retrieval from each size of blocks, given a choice among the clusters of all of them."""
+    before = 0
+    for level, first, last in seen:
+        yield Retrieval(folded, choice - before, levels[level], first, last)
+        before += (last - first) * levels[level].filled.shape[2]
 
 
 def _local_backward(grad, queries, output, lse, keys, values, is_causal):
@@ -242,12 +249,14 @@ def _refine_all(folded, groups, seen):
     return logits, combine
 
 
-def _seen(chunk: Chunk, tensors: list[torch.Tensor]) -> list[KeyBlocks]:
+def _levels(tensors: list[torch.Tensor]) -> list[KeyBlocks]:
+    """Undo the flattening of the levels for autograd."""
     fields = len(KeyBlocks._fields)
-    return [
-        KeyBlocks(*tensors[level * fields : (level + 1) * fields]).narrow(first, last)
-        for level, first, last in chunk.seen
-    ]
+    return [KeyBlocks(*tensors[start : start + fields]) for start in range(0, len(tensors), fields)]
+
+
+def _narrow(levels: list[KeyBlocks], seen: list[tuple[int, int, int]]) -> list[KeyBlocks]:
+    return [levels[level].narrow(first, last) for level, first, last in seen]
 
 
 def _summaries_of(seen: list[KeyBlocks]) -> list[tuple[KeyBlocks, str]]:

@@ -6,6 +6,7 @@ matrix of its group" becomes one batched matrix product over tiles.
 """
 
 import torch
+from torch.nn.functional import embedding_bag
 
 # A tile of items meets one matrix: small tiles leave few slots empty, large ones make better products.
 _SMALLEST_TILE, _LARGEST_TILE = 16, 128
@@ -81,27 +82,34 @@ class Packing:
 
     def group_rows(self, table: torch.Tensor) -> torch.Tensor:
         """The entry of each tile's group: (X, G, ...) to (X, num_tiles, ...)."""
-        rows = table.flatten(0, 1).index_select(0, self._flat_group(table.shape[1]))
-        return rows.unflatten(0, (table.shape[0], self.num_tiles))
+        return take(table.flatten(0, 1), flat_index(self.tile_group, table.shape[1]))
 
-    def add_to_groups(self, tiles: torch.Tensor, table: torch.Tensor) -> None:
-        """Add tiles (X, num_tiles, ...) to the entries of their groups in table (X, G, ...), in place."""
-        table.view(-1, *table.shape[2:]).index_add_(0, self._flat_group(table.shape[1]), tiles.flatten(0, 1))
+    def row_of_slot(self, repeat: int = 1) -> torch.Tensor:
+        """(X, num_tiles * T) index into `with_empty_row` of rows (X, P / repeat, D), for each slot."""
+        num_rows = self.slot_of_item.shape[1] // repeat
+        flat = flat_index(torch.div(self.item_of_slot, repeat, rounding_mode="floor"), num_rows)
+        return flat.masked_fill_(self.item_of_slot < 0, flat.shape[0] * num_rows)
 
     def to_slots(self, rows: torch.Tensor, repeat: int) -> torch.Tensor:
         """Rows (X, P / repeat, D) to slots (X, num_tiles * T, D), without recording gradients."""
-        zero = rows.new_zeros(rows.shape[0], 1, rows.shape[2])
-        index = torch.where(self.item_of_slot < 0, rows.shape[1], self.item_of_slot // repeat)
-        return _gather(torch.cat([rows, zero], dim=1), index)
+        return take(with_empty_row(rows), self.row_of_slot(repeat))
 
-    def to_rows(self, slots: torch.Tensor, repeat: int) -> torch.Tensor:
-        """Slots (X, num_tiles * T, D) to rows (X, P / repeat, D), summed over the items of a row."""
-        items = _gather(slots, self.slot_of_item)
-        return items if repeat == 1 else items.unflatten(1, (-1, repeat)).sum(2)
+    def to_rows(self, slots: torch.Tensor, repeat: int, weights: torch.Tensor | None = None) -> torch.Tensor:
+        """Slots of all batch entries to rows (X, P / repeat, D), summed over the items of a row.
 
-    def _flat_group(self, num_groups: int) -> torch.Tensor:
-        offset = torch.arange(self.tile_group.shape[0], device=self.tile_group.device) * num_groups
-        return (self.tile_group + offset[:, None]).flatten()
+        Args:
+            slots: (X * num_tiles * T, D), with one more for the items left out if there are any.
+            weights: (X, P / repeat, repeat) a factor on each item.
+        """
+        batch = self.slot_of_item.shape[0]
+        num_slots = self.item_of_slot.shape[1]
+        index = flat_index(self.slot_of_item, num_slots)
+        index = index.masked_fill_(self.slot_of_item == num_slots, batch * num_slots)
+        if repeat == 1:
+            return take(slots, index)
+        weights = None if weights is None else weights.flatten(0, 1)
+        rows = embedding_bag(index.view(-1, repeat), slots, mode="sum", per_sample_weights=weights)
+        return rows.unflatten(0, (batch, -1))
 
 
 class _Pack(torch.autograd.Function):
@@ -115,7 +123,7 @@ class _Pack(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return ctx.packing.to_rows(grad, ctx.repeat), None, None
+        return ctx.packing.to_rows(grad.flatten(0, 1), ctx.repeat), None, None
 
 
 class _Unpack(torch.autograd.Function):
@@ -124,14 +132,23 @@ class _Unpack(torch.autograd.Function):
     @staticmethod
     def forward(ctx, slots, packing):
         ctx.packing = packing
-        return packing.to_rows(slots, repeat=1)
+        return packing.to_rows(slots.flatten(0, 1), repeat=1)
 
     @staticmethod
     def backward(ctx, grad):
         return ctx.packing.to_slots(grad, repeat=1), None
 
 
-def _gather(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """rows (X, R, D) at index (X, S): (X, S, D). One flat row copy, much faster than torch.gather."""
-    offset = torch.arange(rows.shape[0], device=rows.device)[:, None] * rows.shape[1]
-    return rows.flatten(0, 1).index_select(0, (index + offset).flatten()).unflatten(0, index.shape)
+def flat_index(index: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """Index (X, S) into the `num_rows` rows of each batch entry, as one into those of all entries."""
+    return index + torch.arange(index.shape[0], device=index.device)[:, None] * num_rows
+
+
+def with_empty_row(rows: torch.Tensor) -> torch.Tensor:
+    """Rows (X, R, ...) of all batch entries, and behind them one of zeros: (X * R + 1, ...)."""
+    return torch.cat([rows.flatten(0, 1), rows.new_zeros(1, *rows.shape[2:])])
+
+
+def take(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """table[index] along the first dimension, by row copies that are much faster on the CPU."""
+    return table.index_select(0, index.flatten()).unflatten(0, index.shape)

@@ -3,102 +3,103 @@
 The (query, cluster) pairs are tiled by cluster, so that a tile of queries meets the m keys of one cluster in
 one small exact attention. The partial outputs of a query are merged over its r clusters, in their order.
 
-Shapes: X batch entries, P queries, r clusters chosen by each of J.
+Shapes: X batch entries, P queries, r clusters chosen.
 """
 
 import torch
 
 from muse_hf.reference.blocks import KeyBlocks
 from muse_hf.reference.exact import exact_forward, softmax_backward
-from muse_hf.reference.packing import Packing, tile_size
+from muse_hf.reference.packing import Packing, flat_index, take, tile_size, with_empty_row
 
 # Stands for minus infinity at missing members of a cluster, so that an empty cluster gives no NaN.
 _ABSENT = -1e30
+# Slots whose tiles are worked through together: what they need and make stays in the cache of a CPU.
+_SLOTS_AT_ONCE = 1 << 13
 
 
 class Retrieval:
-    """The clusters that queries (X, P, D) retrieve from the key blocks they see.
+    """The clusters that queries (X, P, D) retrieve from blocks `first` up to but not including `last`.
 
     Args:
-        choice: (X, P, r) indices among the clusters of `seen`, in the order of their logits.
+        choice: (X, P, r) indices among the clusters of those blocks; others are left out.
     """
 
-    def __init__(self, query: torch.Tensor, choice: torch.Tensor, seen: list[KeyBlocks]):
+    def __init__(self, query: torch.Tensor, choice: torch.Tensor, blocks: KeyBlocks, first: int, last: int):
         self.num_chosen = choice.shape[2]
-        keys, values, filled = _members(seen)
-        self.num_clusters = keys.shape[1]
-        self.packing = Packing(
-            choice.flatten(1), self.num_clusters, tile_size(choice[0].numel(), self.num_clusters)
+        num_blocks, clusters_per_block = blocks.filled.shape[1:3]
+        num_clusters = (last - first) * clusters_per_block
+        choice = choice.masked_fill((choice < 0) | (choice >= num_clusters), num_clusters).flatten(1)
+        self.packing = Packing(choice, num_clusters, tile_size(choice.shape[1], num_clusters))
+        self.rows = self.packing.row_of_slot(self.num_chosen).view(-1, self.packing.tile_size)
+        clusters = self.packing.tile_group + first * clusters_per_block
+        self.clusters = flat_index(clusters, num_blocks * clusters_per_block).flatten()
+        self.query = with_empty_row(query)
+        self.keys, self.values, self.filled = (
+            tensor.flatten(0, 2) for tensor in (blocks.keys, blocks.values, blocks.filled)
         )
-        self.query = self._to_tiles(query)
-        self.keys, self.values = (self.packing.group_rows(t).flatten(0, 1) for t in (keys, values))
-        bias = torch.zeros(filled.shape, dtype=query.dtype, device=query.device)
-        bias.masked_fill_(~filled, _ABSENT)
-        self.bias = self.packing.group_rows(bias).flatten(0, 1)
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Numerator (X, P, D), denominator (X, P) and shift (X, P) of the retrieved part of the softmax."""
-        output, lse = exact_forward(self.query, self.keys, self.values, is_causal=False, bias=self.bias)
-        output = self.packing.unpack(self._from_tiles(output.squeeze(1))).unflatten(1, (-1, self.num_chosen))
-        lse = self.packing.unpack(self._from_tiles(lse.transpose(1, 2))).unflatten(1, (-1, self.num_chosen))
-        shift = lse.amax((2, 3))
-        weights = (lse - shift[..., None, None]).exp()
-        return (weights * output).sum(2), weights.sum((2, 3)), shift
+        output, output_tiles = self._new_slots(self.query.shape[1], left_out=0)
+        lse, lse_tiles = self._new_slots(1, left_out=-torch.inf)
+        for tiles in self._parts():
+            query, keys, values, bias = self._inputs(tiles)
+            part, part_lse = exact_forward(query[:, None], keys, values, is_causal=False, bias=bias)
+            output_tiles[tiles], lse_tiles[tiles] = part.squeeze(1), part_lse.transpose(1, 2)
+        lse = self.packing.to_rows(lse, repeat=1).unflatten(1, (-1, self.num_chosen)).squeeze(-1)
+        shift = lse.amax(2).clamp(min=torch.finfo(lse.dtype).min)
+        weights = (lse - shift[..., None]).exp()
+        return self.packing.to_rows(output, self.num_chosen, weights), weights.sum(2), shift
 
     def backward(
-        self, grad: torch.Tensor, lse: torch.Tensor, delta: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Gradients of the queries (X, P, D) and of all clusters' keys and values (X, J, m, D).
+        self,
+        grad: torch.Tensor,
+        lse: torch.Tensor,
+        delta: torch.Tensor,
+        grad_keys: torch.Tensor,
+        grad_values: torch.Tensor,
+    ) -> torch.Tensor:
+        """Gradient of the queries (X, P, D); those of the members are added to `grad_keys`, `grad_values`.
 
         Args:
             grad: (X, P, D) of the merged output. lse, delta: (X, P) λ and Δ = do·o of the merged attention.
+            grad_keys, grad_values: like the keys and values of the blocks.
         """
-        grad, lse, delta = (
-            self._to_tiles(rows).squeeze(1) for rows in (grad, lse[..., None], delta[..., None])
+        grad, lse, delta = (with_empty_row(rows) for rows in (grad, lse, delta))
+        grad_keys, grad_values = (tensor.view(self.keys.shape) for tensor in (grad_keys, grad_values))
+        grad_query, grad_tiles = self._new_slots(grad.shape[1], left_out=0)
+        for tiles in self._parts():
+            rows, clusters = self.rows[tiles], self.clusters[tiles]
+            query, keys, values, bias = self._inputs(tiles)
+            logits = torch.baddbmm(bias[:, None], query, keys.transpose(1, 2))
+            grad_tiles[tiles], grad_key, grad_value = softmax_backward(
+                take(grad, rows), query, keys, values, logits, lse[rows], delta[rows]
+            )
+            grad_keys.index_add_(0, clusters, grad_key)
+            grad_values.index_add_(0, clusters, grad_value)
+        return self.packing.to_rows(grad_query, self.num_chosen)
+
+    def _parts(self) -> list[slice]:
+        """Slices of the tiles of all batch entries."""
+        num_tiles, size = self.rows.shape
+        step = max(1, _SLOTS_AT_ONCE // size)
+        return [slice(start, start + step) for start in range(0, num_tiles, step)]
+
+    def _inputs(self, tiles: slice) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries (Y, T, D), keys and values (Y, m, D) and a bias on the keys (Y, m) of some tiles."""
+        clusters = self.clusters[tiles]
+        filled = take(self.filled, clusters)
+        bias = self.query.new_zeros(filled.shape).masked_fill_(~filled, _ABSENT)
+        return (
+            take(self.query, self.rows[tiles]),
+            take(self.keys, clusters),
+            take(self.values, clusters),
+            bias,
         )
-        query = self.query.squeeze(1)
-        logits = torch.baddbmm(self.bias[:, None], query, self.keys.transpose(1, 2))
-        tiles = softmax_backward(
-            grad, query, self.keys, self.values, logits, lse.squeeze(-1), delta.squeeze(-1)
-        )
-        grad_query = self.packing.to_rows(self._from_tiles(tiles[0]).flatten(1, 2), self.num_chosen)
-        grad_members = []
-        for tile in tiles[1:]:
-            tile = tile.unflatten(0, (-1, self.packing.num_tiles))
-            total = tile.new_zeros(tile.shape[0], self.num_clusters, *tile.shape[2:])
-            self.packing.add_to_groups(tile, total)
-            grad_members.append(total)
-        return grad_query, *grad_members
 
-    def _to_tiles(self, rows: torch.Tensor) -> torch.Tensor:
-        """(X, P, D) to (X * num_tiles, 1, T, D), the layout of exact attention."""
-        return self.packing.pack(rows, repeat=self.num_chosen).flatten(0, 1)[:, None]
-
-    def _from_tiles(self, tiles: torch.Tensor) -> torch.Tensor:
-        return tiles.unflatten(0, (-1, self.packing.num_tiles))
-
-
-def split_members(tensor: torch.Tensor, seen: list[KeyBlocks]) -> list[torch.Tensor]:
-    """Undo the joining of `seen`: gradients (X, J, m, D) to one (X, n, C, m', D) for each kind of block."""
-    parts = tensor.split([blocks.filled.shape[1] * blocks.filled.shape[2] for blocks in seen], dim=1)
-    return [
-        part.unflatten(1, blocks.filled.shape[1:3])[..., : blocks.filled.shape[3], :]
-        for part, blocks in zip(parts, seen)
-    ]
-
-
-def _members(seen: list[KeyBlocks]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Keys and values (X, J, m, D) and mask (X, J, m) of all clusters seen, in the order of their logits."""
-    keys, values, filled = zip(
-        *((b.keys.flatten(1, 2), b.values.flatten(1, 2), b.filled.flatten(1, 2)) for b in seen)
-    )
-    largest = max(mask.shape[2] for mask in filled)
-
-    def join(tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        if len(tensors) == 1:
-            return tensors[0]
-        room = [largest - tensor.shape[2] for tensor in tensors]
-        after = (0, 0) * (tensors[0].ndim - 3)
-        return torch.cat([torch.nn.functional.pad(t, (*after, 0, r)) for t, r in zip(tensors, room)], dim=1)
-
-    return join(keys), join(values), join(filled)
+    def _new_slots(self, width: int, left_out: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slots (S + 1, width), with what an item left out finds in the last, and the others as tiles."""
+        slots = self.query.new_empty(self.rows.numel() + 1, width)
+        slots[-1] = left_out
+        return slots, slots[:-1].view(*self.rows.shape, width)

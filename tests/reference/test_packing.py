@@ -49,14 +49,19 @@ def test_a_single_tile_a_group():
     assert packing.filled.tolist() == [[[False, False], [True, True], [True, False]]]
 
 
-def test_group_rows_and_their_transpose():
+def test_group_rows():
     packing = Packing(torch.tensor([[0, 2, 2, 2, 0]]), 3, tile_size=2)
     table = torch.arange(6.0).view(1, 3, 2)
     tiles = packing.group_rows(table)
     assert torch.equal(tiles, table[:, packing.tile_group[0]])
-    total = torch.zeros(1, 3, 2)
-    packing.add_to_groups(torch.ones_like(tiles), total)
-    assert total[0, :, 0].tolist() == packing.tile_group[0].bincount(minlength=3).tolist()
+
+
+def test_rows_are_weighted_sums_over_their_items_and_skip_those_left_out():
+    packing = Packing(torch.tensor([[0, 2, 1, 0]]), 2, tile_size=2)  # two rows of two items, one left out
+    slots = torch.cat([packing.item_of_slot[0].to(torch.float64), torch.zeros(1)])[:, None]
+    weights = torch.tensor([[[1.0, 10.0], [100.0, 1000.0]]], dtype=torch.float64)
+    rows = packing.to_rows(slots, 2, weights)
+    assert rows.flatten().tolist() == [0 * 1, 2 * 100 + 3 * 1000]
 
 
 def test_empty_slots_are_zero_even_beside_nan():

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 # MuSe for the 2048 tokens of the default job: far blocks of 256, 512 and 1024 tokens.
-SMALL_MUSE = {"local_block": 256, "hierarchy": "dyadic", "cluster_size": 16, "num_retrieved": 8}
+SMALL_MUSE = {"local_block": 256, "hierarchy": "dyadic", "cluster_size": 16, "num_retrieved": 16}
 NO_DROPOUT = {
     "gpt2": {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
     "llama": {"attention_dropout": 0.0},

@@ -129,7 +129,8 @@ class MuseArguments:
         None, "Clusters of a far block, whatever its length, instead of a size."
     )
     num_retrieved: int | None = option(
-        None, "Clusters that every query attends to exactly; more is slower and closer to exact (default: 8)."
+        None,
+        "Clusters that every query attends to exactly; more is slower and closer to exact (default: 16).",
     )
     summaries: Literal["plain", "tilted"] | None = option(
         None, "Clusters summed up by their means, or weighted for groups of similar queries (default: plain)."
@@ -169,11 +170,11 @@ class RunArguments:
         "Continue the interrupted run in --output_dir from its newest checkpoint, with the losses it would "
         "have had. Arguments left out are those of the run.",
     )
-    steps: int = option(60, "Optimizer steps.")
+    steps: int = option(140, "Optimizer steps.")
     batch_size: int = option(1, "Windows in one forward pass of each process.")
     gradient_accumulation_steps: int = option(1, "Forward and backward passes in one optimizer step.")
     learning_rate: float = option(4e-3, "Highest learning rate, after warm-up; falls to zero as a cosine.")
-    warmup_steps: int = option(8, "Steps during which the learning rate rises from zero.")
+    warmup_steps: int = option(10, "Steps during which the learning rate rises from zero.")
     weight_decay: float = option(
         0.1, "AdamW's weight decay, for matrices; not for embeddings, biases, norms."
     )
@@ -189,7 +190,7 @@ class RunArguments:
     seed: int = option(0, "Seed of the weights, of the order of the windows, and of the generated text.")
     eval_every: int = option(20, "Steps between two measurements of the held-out loss.")
     log_every: int = option(5, "Steps between two updates of the progress bar and of losses.csv.")
-    checkpoint_every: int = option(30, "Steps between two checkpoints.")
+    checkpoint_every: int = option(70, "Steps between two checkpoints.")
     keep_checkpoints: int = option(2, "Newest checkpoints of each attention that are kept.")
     prompt: str = option("def ", "Start of the text that is generated at the end.")
     sample_tokens: int = option(120, "Tokens that are generated at the end.")

@@ -116,6 +116,7 @@ class Recorder:
         self.bar.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()
+        self.accelerator.trackers.clear()  # else the next training would be logged under this one too
 
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

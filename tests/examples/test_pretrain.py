@@ -275,6 +275,8 @@ def test_compare_trains_both_on_the_same_batches(folder, tmp_path, capsys):
     assert summary["muse_relative_to_exact"] == pytest.approx(relative)
     for attention in ("exact", "muse"):
         AutoModelForCausalLM.from_pretrained(output / attention / "model")
+        events = list(output.glob(f"tensorboard/{attention}/events*"))
+        assert len(events) == 1, f"one training, one TensorBoard file, not {events}"
     printed = capsys.readouterr().out
     for part in (f"{relative:+.2%}", str(output / "losses.png"), str(output / "muse" / "model"), "def "):
         assert part in printed, f"{part!r} is not in the printed summary:\n{printed}"

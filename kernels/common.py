@@ -1,0 +1,68 @@
+"""Primitives that several kernels share."""
+
+import triton
+import triton.language as tl
+
+
+def power_of_two(number: int, least: int = 16) -> int:
+    """The next power of two, and at least what a matrix product needs."""
+    return max(least, triton.next_power_of_2(number))
+
+
+@triton.jit
+def row_offsets(tokens, head, stride_b, stride_h, stride_n, length):
+    """Offsets of token ids in a tensor (B, H, N, D): 64 bits, for long batches."""
+    tokens = tokens.to(tl.int64)
+    return tokens // length * stride_b + head.to(tl.int64) * stride_h + tokens % length * stride_n
+
+
+@triton.jit
+def load_rows(
+    base, tokens, mask, head, stride_b, stride_h, stride_n, length,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Rows (len(tokens), BLOCK_D) of a tensor (B, H, N, D), zero where the mask is false and beyond D."""
+    rows = base + row_offsets(tokens, head, stride_b, stride_h, stride_n, length)
+    dims = tl.arange(0, BLOCK_D)
+    if HEAD_DIM == BLOCK_D:
+        return tl.load(rows[:, None] + dims[None, :], mask=mask[:, None], other=0)
+    return tl.load(rows[:, None] + dims[None, :], mask=mask[:, None] & (dims < HEAD_DIM)[None, :], other=0)
+
+
+@triton.jit
+def store_rows(
+    base, x, tokens, mask, head, stride_b, stride_h, stride_n, length,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The opposite of `load_rows`."""
+    rows = base + row_offsets(tokens, head, stride_b, stride_h, stride_n, length)
+    dims = tl.arange(0, BLOCK_D)
+    tl.store(rows[:, None] + dims[None, :], x, mask=mask[:, None] & (dims < HEAD_DIM)[None, :])
+
+
+@triton.jit
+def ordered(x):
+    """float32 to uint32 in the same order. No number becomes 0."""
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(bits < 0, ~bits, bits | -2147483648).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def largest(keys, count, BITS: tl.constexpr):
+    """True at the `count` largest keys of each row, the first among equals; key 0 is never taken.
+
+    The threshold is found bit by bit, which needs no sorting and no memory.
+
+    Args:
+        keys: (R, K) uint32, of which the lower BITS may be set.
+        count: How many, a number or (R,).
+    """
+    threshold = tl.zeros([keys.shape[0]], tl.uint32)
+    for i in range(BITS):
+        trial = threshold | (tl.full([keys.shape[0]], 1, tl.uint32) << (BITS - 1 - i))
+        enough = tl.sum((keys >= trial[:, None]).to(tl.int32), 1) >= count
+        threshold = tl.where(enough, trial, threshold)
+    above = keys > threshold[:, None]
+    equal = (keys == threshold[:, None]) & (keys > 0)
+    needed = count - tl.sum(above.to(tl.int32), 1)
+    return above | (equal & (tl.cumsum(equal.to(tl.int32), 1) <= needed[:, None]))

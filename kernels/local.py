@@ -1,0 +1,94 @@
+"""Exact causal attention inside the blocks of a layout: the library's kernel, which returns its logsumexp.
+
+Its backward is fed with the merged output and logsumexp and so gives the local share of the gradients. What
+the library's kernel does not serve (float32, or no GPU) takes the reference's exact attention.
+"""
+
+import torch
+from muse_hf.kernels.layout import Layout
+
+from muse_hf.reference.exact import exact_backward, exact_forward
+
+
+def local_forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, block: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output (B, H, N, D) and logsumexp (H, B * N) float32 of each block by itself."""
+    if _has_flash(query):
+        ends = layout.block_ends
+        ragged = (_as_rows(tensor) for tensor in (query, key, value))
+        output, lse, *_ = torch.ops.aten._flash_attention_forward(
+            *ragged, ends, ends, block, block, 0.0, True, False, scale=scale
+        )
+        return _from_rows(output, query.shape[0]), lse
+    tokens, inside = _block_tokens(layout, block)
+    q, k, v = (_fold(tensor, tokens, key.shape[1]) for tensor in (query * scale, key, value))
+    folded, folded_lse = exact_forward(q, k[:, 0], v[:, 0], is_causal=True)
+    output = torch.zeros_like(query)
+    _unfold(folded, tokens, inside, output)
+    lse = torch.zeros(query.shape[0], query.shape[1], query.shape[2], 1, device=query.device)
+    _unfold(folded_lse[..., None].float(), tokens, inside, lse)
+    return output, lse.transpose(0, 1).flatten(1)
+
+
+def local_backward(
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor,
+    lse: torch.Tensor, layout: Layout, scale: float, block: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Local share of the gradients of query, key and value, given the merged output and logsumexp."""
+    batch = query.shape[0]
+    if _has_flash(query):
+        ends = layout.block_ends
+        ragged = (_as_rows(tensor) for tensor in (grad, query, key, value, output))
+        state = torch.empty(2, dtype=torch.uint64, device=query.device)  # of the dropout there is none of
+        grads = torch.ops.aten._flash_attention_backward(
+            *ragged, lse, ends, ends, block, block, 0.0, True, state, state[:0], scale=scale
+        )
+        return tuple(_from_rows(share, batch) for share in grads)
+    tokens, inside = _block_tokens(layout, block)
+    folded = (_fold(tensor, tokens, key.shape[1]) for tensor in (grad, query * scale, key, value, output))
+    g, q, k, v, o = folded
+    g = g.unflatten(0, (tokens.shape[0], -1)).mul_(inside[:, None, None, :, None]).flatten(0, 1)
+    rows = lse.unflatten(1, (batch, -1)).transpose(0, 1)[..., None].to(query.dtype)
+    folded_lse = _fold(rows, tokens, key.shape[1]).squeeze(-1)
+    shares = exact_backward(g, q, k[:, 0], v[:, 0], o, folded_lse, is_causal=True)
+    grads = tuple(torch.zeros_like(tensor) for tensor in (query, key, value))
+    shares = (shares[0] * scale, shares[1][:, None], shares[2][:, None])
+    for target, share in zip(grads, shares):
+        _unfold(share, tokens, inside, target)
+    return grads
+
+
+def _has_flash(query: torch.Tensor) -> bool:
+    return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+
+
+def _as_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """(B, H, N, D) to (B * N, H, D), a view where N rows of all heads lie together."""
+    return tensor.transpose(1, 2).flatten(0, 1)
+
+
+def _from_rows(rows: torch.Tensor, batch: int) -> torch.Tensor:
+    return rows.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def _block_tokens(layout: Layout, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids (Z, block) of all blocks, and which of them exist. Those behind a block's end do no harm:
+    causal attention does not look there."""
+    offset = torch.arange(block, device=layout.block_start.device)
+    inside = offset < layout.block_length[:, None]
+    return torch.where(inside, layout.block_start[:, None] + offset, layout.block_start[:, None]), inside
+
+
+def _fold(tensor: torch.Tensor, tokens: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """(B, H, N, D) to the blocks (Z * Hkv, G, block, D)."""
+    rows = _as_rows(tensor)[tokens].unflatten(2, (kv_heads, -1))
+    return rows.permute(0, 2, 3, 1, 4).flatten(0, 1).contiguous()
+
+
+def _unfold(folded: torch.Tensor, tokens: torch.Tensor, inside: torch.Tensor, target: torch.Tensor) -> None:
+    """Write blocks (Z * Hkv, G, block, D) to their places in a contiguous tensor (B, H, N, D)."""
+    rows = folded.unflatten(0, (tokens.shape[0], -1)).flatten(1, 2).transpose(1, 2)[inside]
+    length = target.shape[2]
+    at = tokens[inside]
+    target[at // length, :, at % length] = rows

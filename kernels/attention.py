@@ -1,17 +1,14 @@
 """The Triton backend: all stages of MuSe attention in order, forward and backward."""
 
 import torch
-from muse_hf.kernels.clustering import Clusters, cluster_keys
-from muse_hf.kernels.layout import Layout, whole_rows
-from muse_hf.kernels.local import local_backward, local_forward
-from muse_hf.kernels.refinement import merge_parts, output_delta, query_backward, summary_backward
-from muse_hf.kernels.retrieval import Items, retrieve, retrieve_backward, sort_items
-from muse_hf.kernels.selection import select
 
 from muse_hf.config import MuseConfig
-
-# Partial outputs of retrieval that exist at once. Key/value heads are worked through in parts of this size.
-_PARTIAL_BYTES = 1 << 30
+from muse_hf.kernels.clustering import Clusters, cluster_keys
+from muse_hf.kernels.layout import whole_rows
+from muse_hf.kernels.local import local_backward, local_forward
+from muse_hf.kernels.refinement import output_delta, query_backward, refine, summary_backward
+from muse_hf.kernels.retrieval import Items, retrieve, retrieve_backward, sort_items
+from muse_hf.kernels.selection import select
 
 
 def triton_attention(
@@ -31,88 +28,41 @@ def triton_attention(
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, scale, config):
-        block = config.local_block
+        batch, heads, length, head_dim = query.shape
+        block, groups = config.local_block, heads // key.shape[1]
         per_block = config.clusters_for(block)
-        layout = whole_rows(query.shape[0], query.shape[2], block, per_block, query.device)
+        layout = whole_rows(batch, length, block, per_block, query.device)
         local, local_lse = local_forward(query, key, value, layout, scale, block)
         clusters = cluster_keys(
             key, value, layout.key_start, block, per_block, config.capacity_for(block), config.kmeans_iters
         )
-        output = torch.empty(
-            query.shape[0],
-            query.shape[2],
-            query.shape[1],
-            query.shape[3],
-            dtype=query.dtype,
-            device=query.device,
-        ).transpose(1, 2)
+        chosen, choice = select(
+            query, clusters.key_mean, clusters.count, layout, scale, config.num_retrieved, block
+        )
+        items = sort_items(choice.unflatten(0, (-1, groups)).flatten(1, 2), clusters.count.shape[1])
+        output = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
         lse = torch.empty_like(local_lse)
-        group_heads = query.shape[1] // key.shape[1]
-        saved = []
-        for heads, kv_heads in _parts(query, key, config.num_retrieved):
-            chosen, choice, items = _choose(
-                query, clusters, layout, heads, kv_heads, group_heads, scale, config
-            )
-            partial, partial_lse = retrieve(
-                query, key, value, clusters, items, kv_heads, group_heads, scale, config.num_retrieved
-            )
-            merge_parts(
-                query, clusters, layout, chosen, choice, partial, partial_lse, local, local_lse, output, lse,
-                heads, group_heads, scale, block,
-            )  # fmt: skip
-            saved += [chosen, choice, *items]
-        ctx.save_for_backward(query, key, value, output, lse, *clusters, *saved)
+        refine(query, clusters, layout, chosen, local, local_lse, output, lse, scale, block)
+        retrieve(query, key, value, clusters, choice, items, output, lse, scale)
+        ctx.save_for_backward(query, key, value, output, lse, chosen, choice, *items, *clusters)
         ctx.scale, ctx.config, ctx.layout = scale, config, layout
-        batch_lse = lse.unflatten(1, (query.shape[0], -1)).transpose(0, 1)
-        ctx.mark_non_differentiable(batch_lse)
-        return output, batch_lse
+        row_lse = lse.unflatten(1, (batch, -1)).transpose(0, 1)
+        ctx.mark_non_differentiable(row_lse)
+        return output, row_lse
 
     @staticmethod
     def backward(ctx, grad, _):
-        query, key, value, output, lse, *rest = ctx.saved_tensors
-        clusters, saved = Clusters(*rest[:4]), rest[4:]
-        scale, config, layout = ctx.scale, ctx.config, ctx.layout
-        block, group_heads = config.local_block, query.shape[1] // key.shape[1]
+        query, key, value, output, lse, chosen, choice, order, bounds, *clusters = ctx.saved_tensors
+        clusters, items = Clusters(*clusters), Items(order, bounds)
+        scale, layout, block = ctx.scale, ctx.layout, ctx.config.local_block
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         delta = output_delta(output, grad)
         grads = local_backward(grad, query, key, value, output, lse, layout, scale, block)
-        grad_means = [
-            torch.empty(tensor.shape, dtype=torch.float32, device=query.device)
-            for tensor in (clusters.key_mean, clusters.value_mean)
-        ]
-        for number, (heads, kv_heads) in enumerate(_parts(query, key, config.num_retrieved)):
-            chosen, choice, *items = saved[4 * number : 4 * number + 4]
-            summary_backward(
-                query, clusters, layout, chosen, grad, lse, delta, *grad_means, kv_heads, group_heads, scale,
-                block, config.clusters_for(block),
-            )  # fmt: skip
-            partial = retrieve_backward(
-                query, key, value, grad, lse, delta, clusters, Items(*items), *grad_means, *grads[1:],
-                kv_heads, group_heads, scale, config.num_retrieved,
-            )  # fmt: skip
-            query_backward(
-                query, clusters, layout, chosen, choice, partial, grad, lse, delta, grads[0], heads,
-                group_heads, scale, block,
-            )  # fmt: skip
+        grad_means = summary_backward(
+            query, clusters, layout, chosen, grad, lse, delta, scale, block, ctx.config.clusters_for(block)
+        )
+        query_backward(query, clusters, layout, chosen, grad, lse, delta, grads[0], scale, block)
+        retrieve_backward(
+            query, key, value, grad, lse, delta, clusters, choice, items, grad_means, grads, scale
+        )
         return *grads, None, None
-
-
-def _choose(query, clusters, layout: Layout, heads, kv_heads, group_heads, scale, config):
-    """Choices of the queries of some heads, and the items they make."""
-    chosen, choice = select(
-        query, clusters.key_mean, clusters.count, layout, heads, group_heads, scale, config.num_retrieved,
-        config.local_block,
-    )  # fmt: skip
-    by_head = choice.unflatten(0, (len(kv_heads), group_heads)).flatten(1, 2)
-    return chosen, choice, sort_items(by_head, clusters.count.shape[1])
-
-
-def _parts(query: torch.Tensor, key: torch.Tensor, num_retrieved: int) -> list[tuple[range, range]]:
-    """Query heads and key/value heads that are worked on together."""
-    batch, heads, length, head_dim = query.shape
-    kv_heads = key.shape[1]
-    groups = heads // kv_heads
-    bytes_per_head = batch * groups * length * num_retrieved * head_dim * query.element_size()
-    step = max(1, _PARTIAL_BYTES // max(1, bytes_per_head))
-    kv_parts = [range(first, min(first + step, kv_heads)) for first in range(0, kv_heads, step)]
-    return [(range(part.start * groups, part.stop * groups), part) for part in kv_parts]

@@ -125,6 +125,8 @@ def _accept_kernel(label, closeness, room, size, num_clusters, BLOCK_N: tl.const
     asks = inside & (tl.load(labels, mask=inside, other=-1) == cluster)
     count = tl.sum(asks.to(tl.int32), 0)
     tl.debug_barrier()  # no label may change before every thread has read its own
+    if count == 0:
+        return
     if count <= left:
         tl.store(labels, tl.full([BLOCK_N], 0, tl.int32) + cluster + num_clusters, mask=asks)
         tl.store(place, left - count)
@@ -231,7 +233,13 @@ def cluster_keys(
         if number:
             choose(FIRST=False)
         _accept_kernel[(blocks, num_clusters, heads)](
-            label, closeness, room, size, num_clusters, BLOCK_N=power_of_two(size)
+            label,
+            closeness,
+            room,
+            size,
+            num_clusters,
+            BLOCK_N=power_of_two(size),
+            num_warps=max(1, power_of_two(size) // 1024),
         )
     _settle_kernel[(problems,)](
         label, room, size, num_clusters, BLOCK_N=64, BLOCK_C=power_of_two(num_clusters)

@@ -3,6 +3,9 @@
 import triton
 import triton.language as tl
 
+# Logits this far below the largest of their row are told apart no further when clusters are selected.
+RANGE = tl.constexpr(32.0)
+
 
 def power_of_two(number: int, least: int = 16) -> int:
     """The next power of two, and at least what a matrix product needs."""
@@ -45,6 +48,21 @@ def ordered(x):
     """float32 to uint32 in the same order. No number becomes 0."""
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, ~bits, bits | -2147483648).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def rank_keys(x, BITS: tl.constexpr):
+    """Keys of BITS bits for `largest`, from logits (R, K) that are -inf (key 0) where there is none.
+
+    32 bits keep every difference. Fewer count down from the largest logit of the row in equal steps to
+    RANGE below it, where all that is smaller shares the last step: 2^-9 of a nat with 14 bits.
+    """
+    if BITS == 32:
+        return tl.where(x > -float("inf"), ordered(x), 0)
+    top = tl.max(x, 1)
+    steps = (1 << BITS) - 2
+    fraction = tl.minimum((top[:, None] - x) * (1 / RANGE), 1.0)
+    return tl.where(x > -float("inf"), (steps * (1 - fraction)).to(tl.uint32) + 1, 0)
 
 
 @triton.jit

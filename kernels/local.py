@@ -49,7 +49,7 @@ def local_backward(
     folded = (_fold(tensor, tokens, key.shape[1]) for tensor in (grad, query * scale, key, value, output))
     g, q, k, v, o = folded
     g = g.unflatten(0, (tokens.shape[0], -1)).mul_(inside[:, None, None, :, None]).flatten(0, 1)
-    rows = lse.unflatten(1, (batch, -1)).transpose(0, 1)[..., None].to(query.dtype)
+    rows = lse.unflatten(1, (batch, -1)).transpose(0, 1)[..., None]
     folded_lse = _fold(rows, tokens, key.shape[1]).squeeze(-1)
     shares = exact_backward(g, q, k[:, 0], v[:, 0], o, folded_lse, is_causal=True)
     grads = tuple(torch.zeros_like(tensor) for tensor in (query, key, value))
@@ -81,8 +81,12 @@ def _block_tokens(layout: Layout, block: int) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _fold(tensor: torch.Tensor, tokens: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """(B, H, N, D) to the blocks (Z * Hkv, G, block, D)."""
-    rows = _as_rows(tensor)[tokens].unflatten(2, (kv_heads, -1))
+    """(B, H, N, D) to the blocks (Z * Hkv, G, block, D), in float32 at least."""
+    rows = (
+        _as_rows(tensor)[tokens]
+        .to(torch.promote_types(tensor.dtype, torch.float32))
+        .unflatten(2, (kv_heads, -1))
+    )
     return rows.permute(0, 2, 3, 1, 4).flatten(0, 1).contiguous()
 
 
@@ -91,4 +95,4 @@ def _unfold(folded: torch.Tensor, tokens: torch.Tensor, inside: torch.Tensor, ta
     rows = folded.unflatten(0, (tokens.shape[0], -1)).flatten(1, 2).transpose(1, 2)[inside]
     length = target.shape[2]
     at = tokens[inside]
-    target[at // length, :, at % length] = rows
+    target[at // length, :, at % length] = rows.to(target.dtype)

@@ -11,7 +11,10 @@ import torch
 import triton
 import triton.language as tl
 from muse_hf.kernels.clustering import Clusters
-from muse_hf.kernels.common import load_rows, power_of_two, row_offsets
+from muse_hf.kernels.common import load_rows, power_of_two, row_offsets, store_rows
+
+# Partial outputs that exist at once. Key/value heads are worked through in parts of this size.
+_PARTIAL_BYTES = 1 << 30
 
 
 class Items(NamedTuple):
@@ -51,7 +54,7 @@ def _load_queries(
 
 
 @triton.jit
-def _forward_kernel(
+def _retrieve_kernel(
     query, key, value, members, count, order, bounds, partial, partial_lse,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     length, num_tokens, num_clusters, capacity, num_retrieved, first_head, scale,
@@ -62,7 +65,7 @@ def _forward_kernel(
     cluster, split, part_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     head = first_head + part_head
     row = head.to(tl.int64) * num_clusters + cluster
-    edges = bounds + part_head.to(tl.int64) * (num_clusters + 1) + cluster
+    edges = bounds + head.to(tl.int64) * (num_clusters + 1) + cluster
     start, end = tl.load(edges), tl.load(edges + 1)
     num_items = num_tokens * GROUP_HEADS * num_retrieved
     if start + split * BLOCK_Q < end:
@@ -77,7 +80,7 @@ def _forward_kernel(
         for at in range(start + split * BLOCK_Q, end, SPLIT * BLOCK_Q):
             at = at + tl.arange(0, BLOCK_Q)
             real = at < end
-            item = tl.load(order + first_item + at, mask=real, other=0)
+            item = tl.load(order + head.to(tl.int64) * num_items + at, mask=real, other=0)
             q = _load_queries(
                 query, item, real, head, num_retrieved, num_tokens, stride_qb, stride_qh, stride_qn, length,
                 GROUP_HEADS, HEAD_DIM, BLOCK_D,
@@ -98,7 +101,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
+def _retrieve_backward_kernel(
     query, key, value, grad, lse, delta, members, count, order, bounds,
     grad_key_mean, grad_value_mean, partial, grad_key, grad_value,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
@@ -115,7 +118,7 @@ def _backward_kernel(
     cluster, part_head = tl.program_id(0), tl.program_id(1)
     head = first_head + part_head
     row = head.to(tl.int64) * num_clusters + cluster
-    edges = bounds + part_head.to(tl.int64) * (num_clusters + 1) + cluster
+    edges = bounds + head.to(tl.int64) * (num_clusters + 1) + cluster
     start, end = tl.load(edges), tl.load(edges + 1)
     num_items = num_tokens * GROUP_HEADS * num_retrieved
     held = tl.load(count + row)
@@ -131,7 +134,7 @@ def _backward_kernel(
     for first in range(start, end, BLOCK_Q):
         at = first + tl.arange(0, BLOCK_Q)
         real = at < end
-        item = tl.load(order + first_item + at, mask=real, other=0)
+        item = tl.load(order + head.to(tl.int64) * num_items + at, mask=real, other=0)
         q = _load_queries(
             query, item, real, head, num_retrieved, num_tokens, stride_qb, stride_qh, stride_qn, length,
             GROUP_HEADS, HEAD_DIM, BLOCK_D,
@@ -174,43 +177,144 @@ def _backward_kernel(
     tl.store(to, tl.load(to, mask=mask, other=0).to(tl.float32) + dv, mask=mask)
 
 
-def retrieve(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, clusters: Clusters, items: Items,
-    heads: range, group_heads: int, scale: float, num_retrieved: int,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Partial outputs (Hkv, S, D) and logsumexps (Hkv, S) of the items of the key/value heads `heads`."""
-    batch, _, length, head_dim = query.shape
-    num_clusters, capacity = clusters.members.shape[1:]
-    num_items = items.order.shape[1]
-    partial = query.new_empty(len(heads), num_items, head_dim)
-    partial_lse = torch.empty(len(heads), num_items, dtype=torch.float32, device=query.device)
-    splits = 4
-    _forward_kernel[(num_clusters, splits, len(heads))](
-        query, key, value, clusters.members, clusters.count, items.order, items.bounds, partial, partial_lse,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        length, batch * length, num_clusters, capacity, num_retrieved, heads.start, scale,
-        GROUP_HEADS=group_heads, HEAD_DIM=head_dim, BLOCK_D=power_of_two(head_dim),
-        BLOCK_M=power_of_two(capacity), BLOCK_Q=64, SPLIT=splits, num_warps=4,
+@triton.jit
+def _merge_kernel(
+    partial, partial_lse, choice, output, lse, stride_b, stride_h, stride_n, length, num_tokens, first_head,
+    num_retrieved,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Merge the partial outputs of a few queries into their output and logsumexp, in place."""
+    head = first_head + tl.program_id(1)
+    tokens = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    inside = tokens < num_tokens
+    ranks, dims = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    item = (tl.program_id(1).to(tl.int64) * num_tokens + tokens)[:, None] * num_retrieved + ranks[None, :]
+    row = head.to(tl.int64) * num_tokens + tokens
+    real = inside[:, None] & (ranks < num_retrieved)[None, :]
+    real &= tl.load(choice + row[:, None] * num_retrieved + ranks[None, :], mask=real, other=-1) >= 0
+    part_lse = tl.load(partial_lse + item, mask=real, other=-float("inf"))
+    old_lse = tl.load(lse + row, mask=inside, other=0)
+    top = tl.maximum(old_lse, tl.max(part_lse, 1))
+    weight = tl.exp(part_lse - top[:, None])
+    part = tl.load(
+        partial + item[:, :, None] * HEAD_DIM + dims[None, None, :],
+        mask=real[:, :, None] & (dims < HEAD_DIM)[None, None, :],
+        other=0,
+    )
+    o = load_rows(output, tokens, inside, head, stride_b, stride_h, stride_n, length, HEAD_DIM, BLOCK_D)
+    old_weight = tl.exp(old_lse - top)
+    o = o.to(tl.float32) * old_weight[:, None] + tl.sum(part.to(tl.float32) * weight[:, :, None], 1)
+    total = old_weight + tl.sum(weight, 1)
+    tl.store(lse + row, top + tl.log(total), mask=inside)
+    store_rows(
+        output, o / total[:, None], tokens, inside, head, stride_b, stride_h, stride_n, length,
+        HEAD_DIM, BLOCK_D,
     )  # fmt: skip
-    return partial, partial_lse
+
+
+@triton.jit
+def _add_kernel(
+    partial, choice, grad_query, stride_b, stride_h, stride_n, length, num_tokens, first_head, num_retrieved,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Add the partial gradients of a few queries to what is there."""
+    head = first_head + tl.program_id(1)
+    tokens = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    inside = tokens < num_tokens
+    ranks, dims = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    item = (tl.program_id(1).to(tl.int64) * num_tokens + tokens)[:, None] * num_retrieved + ranks[None, :]
+    row = head.to(tl.int64) * num_tokens + tokens
+    real = inside[:, None] & (ranks < num_retrieved)[None, :]
+    real &= tl.load(choice + row[:, None] * num_retrieved + ranks[None, :], mask=real, other=-1) >= 0
+    part = tl.load(
+        partial + item[:, :, None] * HEAD_DIM + dims[None, None, :],
+        mask=real[:, :, None] & (dims < HEAD_DIM)[None, None, :],
+        other=0,
+    )
+    dq = load_rows(grad_query, tokens, inside, head, stride_b, stride_h, stride_n, length, HEAD_DIM, BLOCK_D)
+    dq = dq.to(tl.float32) + tl.sum(part.to(tl.float32), 1)
+    store_rows(grad_query, dq, tokens, inside, head, stride_b, stride_h, stride_n, length, HEAD_DIM, BLOCK_D)
+
+
+def retrieve(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, clusters: Clusters, choice: torch.Tensor,
+    items: Items, output: torch.Tensor, lse: torch.Tensor, scale: float,
+) -> None:  # fmt: skip
+    """Merge the retrieved clusters into output (B, H, N, D) and lse (H, B * N), in place."""
+    num_retrieved = choice.shape[2]
+    for kv_heads in _parts(query, key, num_retrieved):
+        partial = query.new_empty(len(kv_heads), items.order.shape[1], query.shape[3])
+        partial_lse = torch.empty(partial.shape[:2], dtype=torch.float32, device=query.device)
+        splits = 4
+        strides = [s for tensor in (query, key, value) for s in tensor.stride()[:3]]
+        _retrieve_kernel[(clusters.count.shape[1], splits, len(kv_heads))](
+            query, key, value, clusters.members, clusters.count, *items, partial, partial_lse, *strides,
+            *_sizes(query, clusters), num_retrieved, kv_heads.start, scale, **_tiles(query, key, clusters),
+            BLOCK_Q=64, SPLIT=splits, num_warps=4,
+        )  # fmt: skip
+        _over_queries(_merge_kernel, query, key, kv_heads, num_retrieved)(
+            partial, partial_lse, choice, output, lse, *output.stride()[:3]
+        )
 
 
 def retrieve_backward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grad: torch.Tensor, lse: torch.Tensor,
-    delta: torch.Tensor, clusters: Clusters, items: Items, grad_key_mean: torch.Tensor,
-    grad_value_mean: torch.Tensor, grad_key: torch.Tensor, grad_value: torch.Tensor,
-    heads: range, group_heads: int, scale: float, num_retrieved: int,
-) -> torch.Tensor:  # fmt: skip
-    """Partial query gradients (Hkv, S, D). Adds the far gradients of keys and values in place."""
-    batch, _, length, head_dim = query.shape
-    num_clusters, capacity = clusters.members.shape[1:]
-    partial = query.new_empty(len(heads), items.order.shape[1], head_dim)
-    strides = [s for t in (query, key, value, grad, grad_key, grad_value) for s in t.stride()[:3]]
-    _backward_kernel[(num_clusters, len(heads))](
-        query, key, value, grad, lse, delta, clusters.members, clusters.count, items.order, items.bounds,
-        grad_key_mean, grad_value_mean, partial, grad_key, grad_value, *strides,
-        length, batch * length, num_clusters, capacity, num_retrieved, heads.start, scale,
-        GROUP_HEADS=group_heads, HEAD_DIM=head_dim, BLOCK_D=power_of_two(head_dim),
-        BLOCK_M=power_of_two(capacity), BLOCK_Q=64, num_warps=4,
-    )  # fmt: skip
-    return partial
+    delta: torch.Tensor, clusters: Clusters, choice: torch.Tensor, items: Items,
+    grad_means: tuple[torch.Tensor, torch.Tensor], grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    scale: float,
+) -> None:  # fmt: skip
+    """Add the gradients through retrieved clusters to those of query, key and value, in place.
+
+    Args:
+        grad_means: (Hkv, J, D) float32 gradients of the key and value means, which are passed on to members.
+    """
+    num_retrieved = choice.shape[2]
+    strides = [s for tensor in (query, key, value, grad, *grads[1:]) for s in tensor.stride()[:3]]
+    for kv_heads in _parts(query, key, num_retrieved):
+        partial = query.new_empty(len(kv_heads), items.order.shape[1], query.shape[3])
+        _retrieve_backward_kernel[(clusters.count.shape[1], len(kv_heads))](
+            query, key, value, grad, lse, delta, clusters.members, clusters.count, *items, *grad_means,
+            partial, *grads[1:], *strides, *_sizes(query, clusters), num_retrieved, kv_heads.start, scale,
+            **_tiles(query, key, clusters), BLOCK_Q=64, num_warps=4,
+        )  # fmt: skip
+        _over_queries(_add_kernel, query, key, kv_heads, num_retrieved)(
+            partial, choice, grads[0], *grads[0].stride()[:3]
+        )
+
+
+def _over_queries(kernel, query: torch.Tensor, key: torch.Tensor, kv_heads: range, num_retrieved: int):
+    """A launch over the queries of some key/value heads, a few a program."""
+    batch, heads, length, head_dim = query.shape
+    groups = heads // key.shape[1]
+    num_tokens = batch * length
+    block_d, block_r = power_of_two(head_dim), power_of_two(num_retrieved)
+    block_q = max(1, 8192 // (block_d * block_r))
+
+    def launch(*arguments) -> None:
+        kernel[(triton.cdiv(num_tokens, block_q), groups * len(kv_heads))](
+            *arguments, length, num_tokens, groups * kv_heads.start, num_retrieved,
+            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_Q=block_q, BLOCK_R=block_r, num_warps=4,
+        )  # fmt: skip
+
+    return launch
+
+
+def _parts(query: torch.Tensor, key: torch.Tensor, num_retrieved: int) -> list[range]:
+    """Key/value heads whose partial outputs exist together."""
+    per_head = query.numel() // key.shape[1] * num_retrieved * query.element_size()
+    step = max(1, _PARTIAL_BYTES // per_head)
+    return [range(first, min(first + step, key.shape[1])) for first in range(0, key.shape[1], step)]
+
+
+def _sizes(query: torch.Tensor, clusters: Clusters) -> tuple[int, int, int, int]:
+    return query.shape[2], query.shape[0] * query.shape[2], *clusters.members.shape[1:]
+
+
+def _tiles(query: torch.Tensor, key: torch.Tensor, clusters: Clusters) -> dict[str, int]:
+    head_dim = query.shape[3]
+    return {
+        "GROUP_HEADS": query.shape[1] // key.shape[1],
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": power_of_two(head_dim),
+        "BLOCK_M": power_of_two(clusters.members.shape[2]),
+    }

@@ -8,12 +8,16 @@ logits of the chosen groups, which a second matrix product brings back. No logit
 import torch
 import triton
 import triton.language as tl
-from muse_hf.kernels.common import largest, load_rows, ordered, power_of_two
+
+from muse_hf.kernels.common import largest, load_rows, power_of_two, rank_keys
 from muse_hf.kernels.layout import Layout
 
-# Bits of a logit that decide: sign, exponent and mantissa down to the precision of bfloat16 products.
-_BITS = 20
+# Bits of a logit that decide, for inputs of 16 bits.
+_BITS = 14
 _MOST_GROUPS = 256
+_BLOCK_Q, _BLOCK_J = 64, 64
+# Programs that run at once; each works through many tiles of queries with one piece of scratch memory.
+_PROGRAMS = 512
 
 
 @triton.jit
@@ -33,148 +37,146 @@ def summary_logits(
 
 
 @triton.jit
+def _select_tile(
+    q, key_mean, count, heads_row, first, seen, inside, item, chosen, choice, scratch, scale, num_retrieved,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr,
+    G: tl.constexpr, NUM_GROUPS: tl.constexpr, BLOCK_R: tl.constexpr, SCRATCH: tl.constexpr,
+    BITS: tl.constexpr,
+):  # fmt: skip
+    """Choose for one tile of queries, of which `item` are the rows in `chosen` and `choice`."""
+    value_at = scratch + tl.arange(0, BLOCK_Q)[:, None] * SCRATCH
+    word_at = chosen + item[:, None] * NUM_GROUPS
+    choice_at = choice + item[:, None] * num_retrieved
+    groups = tl.arange(0, NUM_GROUPS)
+    tile_groups = tl.arange(0, BLOCK_J // G)
+
+    for j in range(0, seen, BLOCK_J):
+        clusters = j + tl.arange(0, BLOCK_J)
+        s = summary_logits(q, key_mean, count, heads_row, clusters, clusters < seen, scale, HEAD_DIM, BLOCK_D)
+        top = tl.max(tl.reshape(s, [BLOCK_Q, BLOCK_J // G, G]), 2)
+        tl.store(value_at + (j // G + tile_groups)[None, :], top)
+    tl.debug_barrier()
+    maxima = tl.load(value_at + groups[None, :], mask=(groups * G < seen)[None, :], other=-float("inf"))
+    taken = largest(rank_keys(maxima, BITS), num_retrieved, BITS)
+    rank = tl.cumsum(taken.to(tl.int32), 1)
+    # For now a word is the group's rank from 1, or 0, and the choice lists the groups.
+    mask = inside[:, None]
+    tl.store(word_at + groups[None, :], tl.where(taken, rank, 0).to(chosen.dtype.element_ty), mask=mask)
+    tl.store(choice_at + rank - 1, groups[None, :] + tl.zeros_like(rank), mask=mask & taken)
+    num_taken = tl.sum(taken.to(tl.int32), 1)
+    tl.debug_barrier()
+
+    for j in range(0, seen, BLOCK_J):
+        clusters = j + tl.arange(0, BLOCK_J)
+        s = summary_logits(q, key_mean, count, heads_row, clusters, clusters < seen, scale, HEAD_DIM, BLOCK_D)
+        words = tl.load(word_at + (j // G + tile_groups)[None, :], mask=mask, other=0).to(tl.int32)
+        to = value_at[:, :, None] + ((words - 1) * G)[:, :, None] + tl.arange(0, G)[None, None, :]
+        tl.store(to, tl.reshape(s, [BLOCK_Q, BLOCK_J // G, G]), mask=(words > 0)[:, :, None])
+    tl.debug_barrier()
+    candidates = tl.arange(0, BLOCK_R * G)
+    logits = tl.load(
+        value_at + candidates[None, :],
+        mask=candidates[None, :] < num_taken[:, None] * G,
+        other=-float("inf"),
+    )
+    taken = largest(rank_keys(logits, BITS), num_retrieved, BITS)
+    ranks = tl.arange(0, BLOCK_R)
+    has_group = mask & (ranks[None, :] < num_taken[:, None])
+    group = tl.load(choice_at + ranks[None, :], mask=has_group, other=0)
+    tl.debug_barrier()
+    none = tl.zeros([BLOCK_Q, NUM_GROUPS], chosen.dtype.element_ty)
+    tl.store(word_at + groups[None, :], none, mask=mask)
+    nothing = tl.full([BLOCK_Q, BLOCK_R], -1, tl.int32)
+    tl.store(choice_at + ranks[None, :], nothing, mask=mask & (ranks < num_retrieved)[None, :])
+    tl.debug_barrier()
+    bits = tl.reshape(taken.to(tl.int32), [BLOCK_Q, BLOCK_R, G]) << tl.arange(0, G)[None, None, :]
+    tl.store(word_at + group, tl.sum(bits, 2).to(chosen.dtype.element_ty), mask=has_group)
+    cluster = first + group[:, :, None] * G + tl.arange(0, G)[None, None, :]
+    place = tl.cumsum(taken.to(tl.int32), 1) - 1
+    tl.store(choice_at + place, tl.reshape(cluster, [BLOCK_Q, BLOCK_R * G]), mask=mask & taken)
+    tl.debug_barrier()  # before the next tile uses the scratch memory
+
+
+@triton.jit
 def _select_kernel(
     query, key_mean, count, block_start, block_length, first_cluster, num_seen, chosen, choice, scratch,
-    stride_b, stride_h, stride_n, length, num_tokens, num_clusters, first_head, scale, num_retrieved,
+    stride_b, stride_h, stride_n, length, num_tokens, num_clusters, num_blocks, num_heads, tiles_per_block,
+    scale, num_retrieved,
     GROUP_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr, G: tl.constexpr, NUM_GROUPS: tl.constexpr,
     BLOCK_R: tl.constexpr, SCRATCH: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
-    """One program a tile of queries of one head.
+    """Programs share the tiles of all blocks and heads, the late blocks, which see most, first.
 
-    scratch: a row of SCRATCH floats a query, for the maxima of groups and then for candidates.
-    chosen: (H, tokens, NUM_GROUPS) one word a group, whose bits are its chosen clusters.
-    choice: (H, tokens, r) the chosen clusters, counted over the batch, -1 behind the last.
+    scratch: SCRATCH floats for each of a tile's queries, for the maxima of groups and then for candidates.
     """
-    tile, block, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    rows = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    inside = rows < tl.load(block_length + block)
-    seen = tl.load(num_seen + block)
-    tokens = tl.load(block_start + block) + rows
-    if seen == 0:
-        ranks = tl.arange(0, BLOCK_R)
-        row = (head.to(tl.int64) * num_tokens + tokens) * num_retrieved
-        tl.store(
-            choice + row[:, None] + ranks[None, :],
-            tl.full([BLOCK_Q, BLOCK_R], -1, tl.int32),
-            mask=inside[:, None] & (ranks < num_retrieved)[None, :],
-        )
-    elif tile * BLOCK_Q < tl.load(block_length + block):
-        first = tl.load(first_cluster + block)
-        heads_row = ((first_head + head) // GROUP_HEADS).to(tl.int64) * num_clusters + first
-        q = load_rows(
-            query, tokens, inside, first_head + head, stride_b, stride_h, stride_n, length, HEAD_DIM, BLOCK_D
-        )
+    mine = scratch + tl.program_id(0).to(tl.int64) * BLOCK_Q * SCRATCH
+    for number in range(tl.program_id(0), num_blocks * tiles_per_block * num_heads, tl.num_programs(0)):
+        head = number % num_heads
+        tile = number // num_heads % tiles_per_block
+        block = num_blocks - 1 - number // (num_heads * tiles_per_block)
+        rows = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        block_rows = tl.load(block_length + block)
+        inside = rows < block_rows
+        seen = tl.load(num_seen + block)
+        tokens = tl.load(block_start + block) + rows
         item = head.to(tl.int64) * num_tokens + tokens
-        store_at = scratch + item[:, None] * SCRATCH
-        groups = tl.arange(0, NUM_GROUPS)
-
-        for j in range(0, seen, BLOCK_J):
-            clusters = j + tl.arange(0, BLOCK_J)
-            s = summary_logits(
-                q, key_mean, count, heads_row, clusters, clusters < seen, scale, HEAD_DIM, BLOCK_D
-            )
-            top = tl.max(tl.reshape(s, [BLOCK_Q, BLOCK_J // G, G]), 2)
-            at = j // G + tl.arange(0, BLOCK_J // G)
-            tl.store(store_at + at[None, :], top, mask=inside[:, None])
-        tl.debug_barrier()
-        num_groups = (seen + G - 1) // G
-        top = tl.load(
-            store_at + groups[None, :],
-            mask=inside[:, None] & (groups < num_groups)[None, :],
-            other=-float("inf"),
-        )
-        keys = tl.where(top > -float("inf"), ordered(top) >> (32 - BITS), 0)
-        taken = largest(keys, num_retrieved, BITS)
-        place = tl.cumsum(taken.to(tl.int32), 1) * taken.to(tl.int32)  # from 1; 0: not taken
-        word_at = chosen + item[:, None] * NUM_GROUPS
-        tl.store(word_at + groups[None, :], place.to(chosen.dtype.element_ty), mask=inside[:, None])
-        choice_at = choice + item[:, None] * num_retrieved
-        tl.store(choice_at + place - 1, groups[None, :] + tl.zeros_like(place), mask=inside[:, None] & taken)
-        num_taken = tl.sum(taken.to(tl.int32), 1)
-        tl.debug_barrier()
-
-        for j in range(0, seen, BLOCK_J):
-            clusters = j + tl.arange(0, BLOCK_J)
-            s = summary_logits(
-                q, key_mean, count, heads_row, clusters, clusters < seen, scale, HEAD_DIM, BLOCK_D
-            )
-            at = j // G + tl.arange(0, BLOCK_J // G)
-            place = tl.load(
-                word_at + at[None, :], mask=inside[:, None] & (at < NUM_GROUPS)[None, :], other=0
-            ).to(tl.int32)
-            s = tl.reshape(s, [BLOCK_Q, BLOCK_J // G, G])
-            to = store_at[:, :, None] + ((place - 1) * G)[:, :, None] + tl.arange(0, G)[None, None, :]
-            tl.store(to, s, mask=(place > 0)[:, :, None] & inside[:, None, None])
-        tl.debug_barrier()
-        tl.store(
-            word_at + groups[None, :],
-            tl.zeros([BLOCK_Q, NUM_GROUPS], chosen.dtype.element_ty),
-            mask=inside[:, None],
-        )
-        candidates = tl.arange(0, BLOCK_R * G)
-        real = inside[:, None] & (candidates[None, :] < num_taken[:, None] * G)
-        s = tl.load(store_at + candidates[None, :], mask=real, other=-float("inf"))
-        keys = tl.where(s > -float("inf"), ordered(s) >> (32 - BITS), 0)
-        taken = largest(keys, num_retrieved, BITS)
-        ranks = tl.arange(0, BLOCK_R)
-        group_real = inside[:, None] & (ranks[None, :] < num_taken[:, None])
-        group = tl.load(choice_at + ranks[None, :], mask=group_real, other=0)
-        bits = tl.reshape(taken.to(tl.int32), [BLOCK_Q, BLOCK_R, G]) << tl.arange(0, G)[None, None, :]
-        tl.debug_barrier()
-        tl.store(word_at + group, tl.sum(bits, 2).to(chosen.dtype.element_ty), mask=group_real)
-        tl.store(
-            choice_at + ranks[None, :],
-            tl.full([BLOCK_Q, BLOCK_R], -1, tl.int32),
-            mask=inside[:, None] & (ranks < num_retrieved)[None, :],
-        )
-        tl.debug_barrier()
-        place = tl.cumsum(taken.to(tl.int32), 1) - 1
-        cluster = first + group[:, :, None] * G + tl.arange(0, G)[None, None, :]
-        tl.store(choice_at + place, tl.reshape(cluster, [BLOCK_Q, BLOCK_R * G]), mask=taken)
+        if tile * BLOCK_Q < block_rows:
+            if seen == 0:
+                ranks = tl.arange(0, BLOCK_R)
+                tl.store(
+                    choice + item[:, None] * num_retrieved + ranks[None, :],
+                    tl.full([BLOCK_Q, BLOCK_R], -1, tl.int32),
+                    mask=inside[:, None] & (ranks < num_retrieved)[None, :],
+                )
+            else:
+                first = tl.load(first_cluster + block)
+                heads_row = (head // GROUP_HEADS).to(tl.int64) * num_clusters + first
+                q = load_rows(
+                    query, tokens, inside, head, stride_b, stride_h, stride_n, length, HEAD_DIM, BLOCK_D
+                )
+                _select_tile(
+                    q, key_mean, count, heads_row, first, seen, inside, item, chosen, choice, mine, scale,
+                    num_retrieved, HEAD_DIM, BLOCK_D, BLOCK_Q, BLOCK_J, G, NUM_GROUPS, BLOCK_R, SCRATCH, BITS,
+                )  # fmt: skip
 
 
-def group_size(max_seen: int) -> int:
-    """Clusters in a group: as few as give at most 256 groups, and the bits of an integer type."""
+def _group_size(max_seen: int, num_retrieved: int) -> int:
+    """Clusters in a group: as few as give at most 256 groups whose rank fits into a word of as many bits."""
     for size in (8, 16, 32):
-        if max_seen <= size * _MOST_GROUPS:
+        if max_seen <= size * _MOST_GROUPS and num_retrieved < 1 << size:
             return size
     raise ValueError(f"{max_seen} clusters are more than a query can select from")
 
 
-def word_dtype(group: int, num_retrieved: int) -> torch.dtype:
-    """Holds G bits, and before them the rank of a group among r."""
-    return torch.uint8 if group == 8 and num_retrieved < 256 else torch.int32
-
-
 def select(
     query: torch.Tensor, key_mean: torch.Tensor, count: torch.Tensor, layout: Layout,
-    heads: range, group_heads: int, scale: float, num_retrieved: int, block: int,
+    scale: float, num_retrieved: int, block: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Choose clusters for the queries of some heads.
+    """Choose clusters for all queries (B, H, N, D) by their summaries (Hkv, J, D) and sizes (Hkv, J).
 
     Returns:
-        The words (len(heads), B * N, number of groups), undefined for queries that see no clusters, and the
-        choice (len(heads), B * N, r) int32.
+        A bitmap (H, B * N, W) int32 of the clusters chosen among those seen, undefined for queries that see
+        none, and the choice (H, B * N, r) int32, clusters counted over the batch and -1 behind the last.
     """
-    batch, _, length, head_dim = query.shape
-    num_tokens = batch * length
-    group = group_size(layout.max_seen)
+    batch, heads, length, head_dim = query.shape
+    group = _group_size(layout.max_seen, num_retrieved)
     num_groups = power_of_two(triton.cdiv(layout.max_seen, group))
     block_r = power_of_two(num_retrieved)
     room = max(num_groups, block_r * group)
-    new = {"device": query.device}
-    chosen = torch.empty(len(heads), num_tokens, num_groups, dtype=word_dtype(group, num_retrieved), **new)
-    choice = torch.empty(len(heads), num_tokens, num_retrieved, dtype=torch.int32, **new)
-    scratch = torch.empty(len(heads), num_tokens, room, dtype=torch.float32, **new)
-    block_q = 32
-    grid = (triton.cdiv(block, block_q), layout.block_start.shape[0], len(heads))
-    _select_kernel[grid](
+    tiles_per_block = triton.cdiv(block, _BLOCK_Q)
+    num_blocks = layout.block_start.shape[0]
+    programs = min(_PROGRAMS, num_blocks * tiles_per_block * heads)
+    word = {8: torch.uint8, 16: torch.int16, 32: torch.int32}[group]
+    chosen = torch.empty(heads, batch * length, num_groups, dtype=word, device=query.device)
+    choice = torch.empty(heads, batch * length, num_retrieved, dtype=torch.int32, device=query.device)
+    scratch = torch.empty(programs, _BLOCK_Q, room, dtype=torch.float32, device=query.device)
+    _select_kernel[(programs,)](
         query, key_mean, count, layout.block_start, layout.block_length, layout.first_cluster,
-        layout.num_seen, chosen, choice, scratch, *query.stride()[:3], length, num_tokens,
-        key_mean.shape[1], heads.start, scale, num_retrieved,
-        GROUP_HEADS=group_heads, HEAD_DIM=head_dim, BLOCK_D=power_of_two(head_dim), BLOCK_Q=block_q,
-        BLOCK_J=64, G=group, NUM_GROUPS=num_groups, BLOCK_R=block_r, SCRATCH=room,
-        BITS=32 if query.dtype == torch.float32 else _BITS, num_warps=4,
+        layout.num_seen, chosen, choice, scratch, *query.stride()[:3], length, batch * length,
+        key_mean.shape[1], num_blocks, heads, tiles_per_block, scale, num_retrieved,
+        GROUP_HEADS=heads // key_mean.shape[0], HEAD_DIM=head_dim, BLOCK_D=power_of_two(head_dim),
+        BLOCK_Q=_BLOCK_Q, BLOCK_J=_BLOCK_J, G=group, NUM_GROUPS=num_groups, BLOCK_R=block_r, SCRATCH=room,
+        BITS=32 if query.dtype == torch.float32 else _BITS, num_warps=8,
     )  # fmt: skip
-    return chosen, choice
+    return chosen.view(torch.int32), choice

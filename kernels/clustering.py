@@ -14,6 +14,8 @@ import triton.language as tl
 from muse_hf.kernels.common import largest, load_rows, ordered, power_of_two
 
 CAPACITY_ROUNDS = 4
+# Leading bits of a closeness that tell nearer from farther when a cluster is full.
+_BITS = tl.constexpr(20)
 
 
 class Clusters(NamedTuple):
@@ -132,8 +134,8 @@ def _accept_kernel(label, closeness, room, size, num_clusters, BLOCK_N: tl.const
         tl.store(place, left - count)
     else:
         near = tl.load(closeness + problem * size + points, mask=asks, other=0)
-        keys = tl.where(asks, ordered(near), 0)
-        accepted = largest(keys[None, :], left, 32)
+        keys = tl.where(asks, ordered(near) >> (32 - _BITS), 0)
+        accepted = largest(keys[None, :], left, _BITS)
         accepted = tl.reshape(accepted, [BLOCK_N]) & asks
         tl.store(labels, tl.where(accepted, cluster + num_clusters, -1), mask=asks)
         tl.store(place, 0)

@@ -42,6 +42,7 @@ class Layout:
     Attributes:
         block_start, block_length: (Z,) first token id and number of tokens of each block of queries.
         first_cluster, num_seen: (Z,) first cluster that the block sees, and how many.
+        token_first, token_seen: (B * N,) the same for each token; 0 outside the sequences.
         key_start: (F,) first token id of each key block; all have `local_block` tokens.
         block_ends: (Z + 1,) 0 and the cumulative lengths of the blocks, for kernels of ragged batches.
         summary_tiles: For the gradients of summaries.
@@ -52,6 +53,8 @@ class Layout:
     block_length: torch.Tensor
     first_cluster: torch.Tensor
     num_seen: torch.Tensor
+    token_first: torch.Tensor
+    token_seen: torch.Tensor
     key_start: torch.Tensor
     block_ends: torch.Tensor
     summary_tiles: SummaryTiles
@@ -61,13 +64,18 @@ class Layout:
 @lru_cache(maxsize=32)
 def whole_rows(batch: int, length: int, block: int, clusters_per_block: int, device: torch.device) -> Layout:
     """The layout of a batch whose rows are one sequence each."""
-    return layout_of([(row * length, length) for row in range(batch)], block, clusters_per_block, device)
+    sequences = [(row * length, length) for row in range(batch)]
+    return layout_of(sequences, batch * length, block, clusters_per_block, device)
 
 
 def layout_of(
-    sequences: list[tuple[int, int]], block: int, clusters_per_block: int, device: torch.device
+    sequences: list[tuple[int, int]],
+    num_tokens: int,
+    block: int,
+    clusters_per_block: int,
+    device: torch.device,
 ) -> Layout:
-    """The layout of sequences given as (first token id, number of tokens)."""
+    """The layout of sequences given as (first token id, number of tokens), in a batch of `num_tokens`."""
     blocks, keys, tiles = [], [], []
     for start, length in sequences:
         first = len(keys) * clusters_per_block
@@ -84,6 +92,14 @@ def layout_of(
     def columns(rows: list[tuple[int, ...]]) -> torch.Tensor:
         return torch.tensor(rows, dtype=torch.int32).T.contiguous().to(device)
 
+    table = columns(blocks)
+    offset = torch.arange(block, device=device)
+    inside = offset < table[1][:, None]
+    tokens = (table[0][:, None] + offset)[inside]
+    per_token = torch.zeros(2, num_tokens, dtype=torch.int32, device=device)
+    per_token[:, tokens] = table[2:].repeat_interleave(table[1], dim=1)
     key_start = torch.tensor(keys, dtype=torch.int32).to(device)
     ends = torch.tensor([0, *accumulate(length for _, length, *_ in blocks)], dtype=torch.int32).to(device)
-    return Layout(*columns(blocks), key_start, ends, SummaryTiles(*columns(tiles)), max(b[3] for b in blocks))
+    return Layout(
+        *table, *per_token, key_start, ends, SummaryTiles(*columns(tiles)), max(b[3] for b in blocks)
+    )

@@ -16,7 +16,9 @@ from muse_hf.kernels.selection import summary_logits
 
 # Programs that the gradients of summaries are spread over, so that the whole device is busy.
 _PROGRAMS = 2048
-_BLOCK_Q = 64
+_FORWARD = {"BLOCK_Q": 128, "BLOCK_J": 64, "num_warps": 8, "num_stages": 3}
+_QUERY_BACKWARD = {"BLOCK_Q": 64, "BLOCK_J": 64, "num_warps": 4, "num_stages": 3}
+_SUMMARY_BACKWARD = {"BLOCK_Q": 64, "BLOCK_J": SUMMARY_TILE, "num_warps": 4, "num_stages": 3}
 
 
 @triton.jit
@@ -213,9 +215,9 @@ def refine(
 ) -> None:  # fmt: skip
     """Merge the local part and the summaries into output (B, H, N, D) and lse (H, B * N)."""
     strides = [s for tensor in (query, local, output) for s in tensor.stride()[:3]]
-    _forward_kernel[_query_grid(query, layout, block)](
+    _forward_kernel[_query_grid(query, layout, block, _FORWARD["BLOCK_Q"])](
         query, clusters.key_mean, clusters.value_mean, clusters.count, *_query_blocks(layout), chosen,
-        local, local_lse, output, lse, *strides, *_sizes(query, clusters), scale, **_tiles(query, clusters, chosen),
+        local, local_lse, output, lse, *strides, *_sizes(query, clusters), scale, **_tiles(query, clusters, chosen), **_FORWARD,
     )  # fmt: skip
 
 
@@ -225,9 +227,9 @@ def query_backward(
 ) -> None:  # fmt: skip
     """Add the gradient through the summaries to the local one in grad_query (B, H, N, D)."""
     strides = [s for tensor in (query, grad, grad_query) for s in tensor.stride()[:3]]
-    _query_backward_kernel[_query_grid(query, layout, block)](
+    _query_backward_kernel[_query_grid(query, layout, block, _QUERY_BACKWARD["BLOCK_Q"])](
         query, clusters.key_mean, clusters.value_mean, clusters.count, *_query_blocks(layout), chosen,
-        grad, lse, delta, grad_query, *strides, *_sizes(query, clusters), scale, **_tiles(query, clusters, chosen),
+        grad, lse, delta, grad_query, *strides, *_sizes(query, clusters), scale, **_tiles(query, clusters, chosen), **_QUERY_BACKWARD,
     )  # fmt: skip
 
 
@@ -248,13 +250,13 @@ def summary_backward(
     _summary_backward_kernel[(num_tiles, groups * splits, kv_heads)](
         query, clusters.key_mean, clusters.value_mean, clusters.count, *tiles, chosen, grad, lse, delta,
         *parts, *strides, *_sizes(query, clusters), kv_heads, splits, scale, block, clusters_per_block,
-        **_tiles(query, clusters, chosen) | {"BLOCK_J": SUMMARY_TILE},
+        **_tiles(query, clusters, chosen), **_SUMMARY_BACKWARD,
     )  # fmt: skip
     return tuple(parts.sum(1))
 
 
-def _query_grid(query: torch.Tensor, layout: Layout, block: int) -> tuple[int, int, int]:
-    return triton.cdiv(block, _BLOCK_Q), query.shape[1], layout.block_start.shape[0]
+def _query_grid(query: torch.Tensor, layout: Layout, block: int, block_q: int) -> tuple[int, int, int]:
+    return triton.cdiv(block, block_q), query.shape[1], layout.block_start.shape[0]
 
 
 def _query_blocks(layout: Layout) -> tuple[torch.Tensor, ...]:
@@ -271,7 +273,5 @@ def _tiles(query: torch.Tensor, clusters: Clusters, chosen: torch.Tensor) -> dic
         "GROUP_HEADS": query.shape[1] // clusters.count.shape[0],
         "HEAD_DIM": head_dim,
         "BLOCK_D": power_of_two(head_dim),
-        "BLOCK_Q": _BLOCK_Q,
-        "BLOCK_J": 64,
         "WORDS": chosen.shape[-1],
     }

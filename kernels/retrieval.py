@@ -15,6 +15,12 @@ from muse_hf.kernels.common import load_rows, power_of_two, row_offsets, store_r
 
 # Partial outputs that exist at once. Key/value heads are worked through in parts of this size.
 _PARTIAL_BYTES = 1 << 30
+_FORWARD = {"BLOCK_Q": 64, "num_warps": 4, "num_stages": 3}
+_BACKWARD = {"BLOCK_Q": 64, "num_warps": 4, "num_stages": 3}
+# Programs that share the queries of a cluster in the forward pass.
+_SPLITS = 4
+# Entries of partial outputs that one program merges.
+_MERGED = 8192
 
 
 class Items(NamedTuple):
@@ -190,20 +196,23 @@ def _merge_kernel(
     ranks, dims = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     item = (tl.program_id(1).to(tl.int64) * num_tokens + tokens)[:, None] * num_retrieved + ranks[None, :]
     row = head.to(tl.int64) * num_tokens + tokens
-    real = inside[:, None] & (ranks < num_retrieved)[None, :]
-    real &= tl.load(choice + row[:, None] * num_retrieved + ranks[None, :], mask=real, other=-1) >= 0
-    part_lse = tl.load(partial_lse + item, mask=real, other=-float("inf"))
+    exists = inside[:, None] & (ranks < num_retrieved)[None, :]
+    # Nothing that is loaded below waits for this.
+    real = tl.load(choice + row[:, None] * num_retrieved + ranks[None, :], mask=exists, other=-1) >= 0
+    part_lse = tl.load(partial_lse + item, mask=exists, other=0)
+    part_lse = tl.where(real, part_lse, -float("inf"))
     old_lse = tl.load(lse + row, mask=inside, other=0)
     top = tl.maximum(old_lse, tl.max(part_lse, 1))
     weight = tl.exp(part_lse - top[:, None])
     part = tl.load(
         partial + item[:, :, None] * HEAD_DIM + dims[None, None, :],
-        mask=real[:, :, None] & (dims < HEAD_DIM)[None, None, :],
+        mask=exists[:, :, None] & (dims < HEAD_DIM)[None, None, :],
         other=0,
     )
+    part = tl.where(real[:, :, None], part.to(tl.float32), 0)
     o = load_rows(output, tokens, inside, head, stride_b, stride_h, stride_n, length, HEAD_DIM, BLOCK_D)
     old_weight = tl.exp(old_lse - top)
-    o = o.to(tl.float32) * old_weight[:, None] + tl.sum(part.to(tl.float32) * weight[:, :, None], 1)
+    o = o.to(tl.float32) * old_weight[:, None] + tl.sum(part * weight[:, :, None], 1)
     total = old_weight + tl.sum(weight, 1)
     tl.store(lse + row, top + tl.log(total), mask=inside)
     store_rows(
@@ -224,15 +233,17 @@ def _add_kernel(
     ranks, dims = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
     item = (tl.program_id(1).to(tl.int64) * num_tokens + tokens)[:, None] * num_retrieved + ranks[None, :]
     row = head.to(tl.int64) * num_tokens + tokens
-    real = inside[:, None] & (ranks < num_retrieved)[None, :]
-    real &= tl.load(choice + row[:, None] * num_retrieved + ranks[None, :], mask=real, other=-1) >= 0
+    exists = inside[:, None] & (ranks < num_retrieved)[None, :]
+    # Nothing that is loaded below waits for this.
+    real = tl.load(choice + row[:, None] * num_retrieved + ranks[None, :], mask=exists, other=-1) >= 0
     part = tl.load(
         partial + item[:, :, None] * HEAD_DIM + dims[None, None, :],
-        mask=real[:, :, None] & (dims < HEAD_DIM)[None, None, :],
+        mask=exists[:, :, None] & (dims < HEAD_DIM)[None, None, :],
         other=0,
     )
+    part = tl.where(real[:, :, None], part.to(tl.float32), 0)
     dq = load_rows(grad_query, tokens, inside, head, stride_b, stride_h, stride_n, length, HEAD_DIM, BLOCK_D)
-    dq = dq.to(tl.float32) + tl.sum(part.to(tl.float32), 1)
+    dq = dq.to(tl.float32) + tl.sum(part, 1)
     store_rows(grad_query, dq, tokens, inside, head, stride_b, stride_h, stride_n, length, HEAD_DIM, BLOCK_D)
 
 
@@ -245,12 +256,11 @@ def retrieve(
     for kv_heads in _parts(query, key, num_retrieved):
         partial = query.new_empty(len(kv_heads), items.order.shape[1], query.shape[3])
         partial_lse = torch.empty(partial.shape[:2], dtype=torch.float32, device=query.device)
-        splits = 4
         strides = [s for tensor in (query, key, value) for s in tensor.stride()[:3]]
-        _retrieve_kernel[(clusters.count.shape[1], splits, len(kv_heads))](
+        _retrieve_kernel[(clusters.count.shape[1], _SPLITS, len(kv_heads))](
             query, key, value, clusters.members, clusters.count, *items, partial, partial_lse, *strides,
             *_sizes(query, clusters), num_retrieved, kv_heads.start, scale, **_tiles(query, key, clusters),
-            BLOCK_Q=64, SPLIT=splits, num_warps=4,
+            SPLIT=_SPLITS, **_FORWARD,
         )  # fmt: skip
         _over_queries(_merge_kernel, query, key, kv_heads, num_retrieved)(
             partial, partial_lse, choice, output, lse, *output.stride()[:3]
@@ -275,7 +285,7 @@ def retrieve_backward(
         _retrieve_backward_kernel[(clusters.count.shape[1], len(kv_heads))](
             query, key, value, grad, lse, delta, clusters.members, clusters.count, *items, *grad_means,
             partial, *grads[1:], *strides, *_sizes(query, clusters), num_retrieved, kv_heads.start, scale,
-            **_tiles(query, key, clusters), BLOCK_Q=64, num_warps=4,
+            **_tiles(query, key, clusters), **_BACKWARD,
         )  # fmt: skip
         _over_queries(_add_kernel, query, key, kv_heads, num_retrieved)(
             partial, choice, grads[0], *grads[0].stride()[:3]
@@ -288,7 +298,7 @@ def _over_queries(kernel, query: torch.Tensor, key: torch.Tensor, kv_heads: rang
     groups = heads // key.shape[1]
     num_tokens = batch * length
     block_d, block_r = power_of_two(head_dim), power_of_two(num_retrieved)
-    block_q = max(1, 8192 // (block_d * block_r))
+    block_q = max(1, _MERGED // (block_d * block_r))
 
     def launch(*arguments) -> None:
         kernel[(triton.cdiv(num_tokens, block_q), groups * len(kv_heads))](

@@ -4,13 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 from transformers.utils import logging
 
 from muse_hf.functional import exact_attention, muse_attention
 from muse_hf.routing import (
+    StoredPolicy,
     check_dropout,
     check_family,
     check_options,
@@ -26,9 +27,10 @@ logger = logging.get_logger(__name__)
 
 
 def register() -> None:
-    """Make `attn_implementation="muse"` known to Transformers."""
+    """Make `attn_implementation="muse"` and `config.muse` known to Transformers."""
     AttentionInterface.register(NAME, muse_attention_forward)
     AttentionMaskInterface.register(NAME, muse_mask)
+    PreTrainedConfig.muse = StoredPolicy()
 
 
 @torch.compiler.disable  # the reference is not meant to be traced: a compiled model calls it between graphs
@@ -143,6 +145,8 @@ def _segments_of(
     if mask_function in (causal_mask_function, bidirectional_mask_function):
         if attention_mask is None:
             return Segments((batch_size, length), range(batch_size), [0] * batch_size, [length] * batch_size)
+        if attention_mask.shape[1] < length:  # Transformers takes what is missing for padding
+            return None
         segments = Segments.from_padding_mask(attention_mask[:, :length])
         has_holes = len(set(segments.rows)) < len(segments.rows)
         return None if has_holes else segments

@@ -17,6 +17,7 @@ softcaps, attention sinks, position biases, sliding windows, and `output_attenti
 from typing import Any
 
 import torch
+from transformers.utils.output_capturing import _active_collector
 
 from muse_hf.config import MuseConfig
 from muse_hf.segments import Segments
@@ -66,12 +67,24 @@ def layer_config(module: torch.nn.Module) -> MuseConfig | None:
 def model_policy(model_config: Any) -> MuseConfig:
     """`model.config.muse` as a `MuseConfig`, the default one where a model has none."""
     stored = getattr(model_config, "muse", None)
-    if stored is None:
-        return MuseConfig()
-    if isinstance(stored, MuseConfig):
-        model_config.muse = stored.to_dict()  # only JSON types can be saved with the model
-        return stored
-    return MuseConfig.from_dict(stored)
+    return MuseConfig() if stored is None else MuseConfig.from_dict(stored)
+
+
+class StoredPolicy:
+    """`config.muse` of Transformers' configs: a `MuseConfig` put there is kept as JSON types, to be saved."""
+
+    def __get__(self, model_config: Any, owner: type) -> "StoredPolicy | dict[str, Any] | None":
+        if model_config is None:
+            return self
+        if "muse" not in vars(model_config):
+            raise AttributeError(f"{owner.__name__!r} object has no attribute 'muse'")
+        return vars(model_config)["muse"]
+
+    def __set__(self, model_config: Any, policy: MuseConfig | dict[str, Any] | None) -> None:
+        vars(model_config)["muse"] = policy.to_dict() if isinstance(policy, MuseConfig) else policy
+
+    def __delete__(self, model_config: Any) -> None:
+        del vars(model_config)["muse"]
 
 
 def check_options(module: torch.nn.Module, options: dict[str, Any]) -> None:
@@ -83,7 +96,8 @@ def check_options(module: torch.nn.Module, options: dict[str, Any]) -> None:
                 f"{where} asks for {option}={options[option]!r}, {meaning}, which MuSe does not implement: "
                 "leave this layer out of MuseConfig.layers"
             )
-    if options.get("output_attentions"):
+    # GPT-2 does not hand this option to its attention, so look at what the model was asked to collect too.
+    if options.get("output_attentions") or "attentions" in (_active_collector.get() or ()):
         raise UnsupportedError(
             f"{where}: output_attentions=True cannot be served, MuSe never forms the attention matrix; call "
             'model.set_attn_implementation("eager") to look at attention weights'

@@ -17,7 +17,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from muse_hf import MuseConfig
+from muse_hf import MuseConfig, patch_model
 
 LAYERS, HEADS, KV_HEADS, HIDDEN, VOCABULARY = 3, 4, 2, 32, 99
 LOCAL_BLOCK = 16
@@ -65,8 +65,7 @@ CAUSAL_FAMILIES = tuple(family for family in FAMILIES if family != "bert")
 def tiny_model(family: str, attention: str = "sdpa", **options) -> PreTrainedModel:
     """A random model in float64 and in evaluation mode, the same one for the same arguments.
 
-    Double precision, so that "equal to rounding" is told apart from an approximation. Every layer norm has
-    random weights too, or attention at position 0 could not be told from attention elsewhere.
+    Double precision, so that "equal to rounding" is told apart from an approximation.
     """
     model_class, config_class, defaults = _FAMILIES[family]
     torch.manual_seed(0)
@@ -77,6 +76,15 @@ def tiny_model(family: str, attention: str = "sdpa", **options) -> PreTrainedMod
 def tokens(length: int, rows: int = 1, seed: int = 1) -> torch.Tensor:
     """Random token ids (rows, length) without the special ones."""
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def muse_model(
+    family: str, config: MuseConfig = MUSE, layers: str | list[int] | None = None, **options
+) -> PreTrainedModel:
+    """`tiny_model`, patched."""
+    model = tiny_model(family, **options)
+    patch_model(model, layers=layers, config=config)
+    return model
 
 
 def output_of(model: torch.nn.Module, input_ids: torch.Tensor, **inputs) -> torch.Tensor:

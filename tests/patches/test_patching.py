@@ -1,142 +1,145 @@
-"""Patched models: meaning of masks, caches and reloading, for every supported family."""
+"""Patched models: meaning of masks, caches, wrappers and reloading, for every supported family."""
 
 import copy
 
 import pytest
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from peft import LoraConfig, PrefixTuningConfig, TaskType, get_peft_model
+from transformers import AutoConfig
 
-from muse_hf import SUPPORTED_FAMILIES, MuseConfig, UnsupportedError, patch_model, unpatch_model
-
-SMALL = MuseConfig(local_block=16, cluster_size=4, num_retrieved=2)
-CAUSAL = [family for family in SUPPORTED_FAMILIES if family != "bert"]
-
-
-def tiny(family, **overrides):
-    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 99}
-    extra = {
-        "bert": {"intermediate_size": 64, "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0},
-        "gpt2": {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
-    }.get(family, {"intermediate_size": 64, "num_key_value_heads": 2})
-    if family == "mistral":
-        extra["sliding_window"] = None
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **sizes, **extra, **overrides)
-    builder = AutoModel if family == "bert" else AutoModelForCausalLM
-    return builder.from_config(config).eval()
-
-
-def tokens(length, seed=0):
-    return torch.randint(3, 99, (1, length), generator=torch.Generator().manual_seed(seed))
+from muse_hf import MuseConfig, UnsupportedError, patch_model, unpatch_model
+from tests.models import (
+    CAUSAL_FAMILIES,
+    EVERYTHING,
+    FAMILIES,
+    LONG,
+    MEDIUM,
+    MUSE,
+    assert_different,
+    assert_same,
+    muse_model,
+    output_of,
+    pack,
+    pad_batch,
+    tiny_model,
+    tokens,
+)
 
 
-def outputs(model, ids, **options):
-    with torch.no_grad():
-        return model(input_ids=ids, **options)[0]
-
-
-@pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_patching_and_unpatching(family):
-    model, ids = tiny(family), tokens(70)
-    exact = outputs(model, ids)
-    report = patch_model(model, config=SMALL)
+    model, ids = tiny_model(family), tokens(LONG)
+    exact = output_of(model, ids)
+    report = patch_model(model, config=MUSE)
     assert "MuSe attention in 3 of 3 layers" in str(report)
-    assert not torch.equal(outputs(model, ids), exact), "MuSe is not active"
-    patch_model(model, config=SMALL.replace(num_retrieved=1000))
-    torch.testing.assert_close(outputs(model, ids), exact)
+    assert_different(output_of(model, ids), exact, "MuSe from exact attention")
+    patch_model(model, config=EVERYTHING)
+    assert_same(output_of(model, ids), exact, "all retrieved")
     unpatch_model(model)
-    assert torch.equal(outputs(model, ids), exact)
+    assert_same(output_of(model, ids), exact, "unpatched", atol=0)
     assert not hasattr(model.config, "muse")
 
 
-@pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
+@pytest.mark.parametrize("before", ["eager", "sdpa"])
+def test_unpatching_restores_what_was_there_before_the_first_patch(before):
+    model = tiny_model("llama", attention=before)
+    unpatch_model(model)
+    assert model.config._attn_implementation == before, "a model without MuSe is left as it is"
+    assert patch_model(model, config=MUSE).previous == before
+    assert patch_model(model, layers="central").previous == before, "patched twice"
+    unpatch_model(copy.deepcopy(model))
+    unpatch_model(model)
+    assert model.config._attn_implementation == before
+    assert not {"muse", "attn_implementation"} & model.config.to_dict().keys(), "the config remembers MuSe"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("layers", ["all", [1]])
+@pytest.mark.parametrize("layers", ["all", [1]], ids=str)
 def test_padded_rows_equal_rows_alone(family, side, layers):
-    model = tiny(family)
-    patch_model(model, layers=layers, config=SMALL)
-    long, short, padding = tokens(70), tokens(45, seed=1), torch.full((1, 25), 1)
-    row = torch.cat([padding, short] if side == "left" else [short, padding], dim=1)
-    mask = torch.ones(2, 70, dtype=torch.int64)
-    own = slice(25, 70) if side == "left" else slice(0, 45)
-    mask[1] = 0
-    mask[1, own] = 1
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    both = outputs(model, torch.cat([long, row]), attention_mask=mask, position_ids=positions)
+    model, rows = muse_model(family, layers=layers), [tokens(LONG), tokens(MEDIUM, seed=2)]
+    batch, places = pad_batch(rows, side)
+    both = output_of(model, **batch)
     assert both.isfinite().all()
-    torch.testing.assert_close(both[:1], outputs(model, long))
-    torch.testing.assert_close(both[1:, own], outputs(model, short))
+    for row, place in zip(rows, places):
+        assert_same(both[place], output_of(model, row)[0], f"row {place[0]}")
 
 
-@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("family", CAUSAL_FAMILIES)
 def test_packed_documents_equal_documents_alone(family):
-    model, first, second = tiny(family), tokens(70), tokens(45, seed=1)
-    patch_model(model, config=SMALL)
-    positions = torch.cat([torch.arange(70), torch.arange(45)])[None]
-    packed = outputs(model, torch.cat([first, second], 1), position_ids=positions, use_cache=False)
-    torch.testing.assert_close(packed[:, :70], outputs(model, first))
-    torch.testing.assert_close(packed[:, 70:], outputs(model, second))
+    model, documents = muse_model(family), [tokens(LONG), tokens(MEDIUM, seed=2)]
+    batch, places = pack(documents)
+    packed = output_of(model, **batch, use_cache=False)
+    for document, place in zip(documents, places):
+        assert_same(packed[place], output_of(model, document)[0], f"document at {place[1]}")
 
 
-@pytest.mark.parametrize("family", CAUSAL)
+@pytest.mark.parametrize("family", CAUSAL_FAMILIES)
 @pytest.mark.parametrize("prefix", [1, 16, 17, 50])
 def test_prefix_of_the_forward_is_the_forward_of_the_prefix(family, prefix):
-    model, ids = tiny(family), tokens(70)
-    patch_model(model, config=SMALL)
-    torch.testing.assert_close(outputs(model, ids)[:, :prefix], outputs(model, ids[:, :prefix]))
+    model, ids = muse_model(family), tokens(LONG)
+    assert_same(output_of(model, ids)[:, :prefix], output_of(model, ids[:, :prefix]), f"{prefix} tokens")
 
 
-@pytest.mark.parametrize("family", CAUSAL)
-def test_generation(family):
-    model, ids = tiny(family), tokens(70)
-    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-    expected = model.generate(ids[:, :10], **options)
-    patch_model(model, config=SMALL)
-    assert torch.equal(model.generate(ids[:, :10], **options), expected), "up to local_block all is exact"
-    first = model.generate(ids, **options)[0, 70]
-    assert first == outputs(model, ids)[0, -1].argmax()
-
-
-@pytest.mark.parametrize("family", SUPPORTED_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_saved_models_reload_patched(family, tmp_path):
-    model, ids = tiny(family), tokens(70)
-    patch_model(model, layers=[0, -1], config=SMALL)
-    expected, policy = outputs(model, ids), model.config.muse
+    model, ids = muse_model(family, layers=[0, -1]), tokens(LONG)
+    expected, policy = output_of(model, ids), model.config.muse
     for step in ("once", "twice"):
         model.save_pretrained(tmp_path / step)
         model = type(model).from_pretrained(tmp_path / step).eval()
         assert model.config.muse == policy
-        assert torch.equal(outputs(model, ids), expected), f"reloaded {step}"
-    assert torch.equal(outputs(copy.deepcopy(model), ids), expected)
+        assert_same(output_of(model, ids), expected, f"reloaded {step}")
     exact = type(model).from_pretrained(tmp_path / "twice", attn_implementation="sdpa")
     assert exact.config._attn_implementation == "sdpa"
 
 
 def test_layer_choices():
-    model = tiny("llama")
+    model = tiny_model("llama")
     assert list(patch_model(model, layers="central").layers) == [1]
     assert list(patch_model(model, layers="all").layers) == [0, 1, 2]
     assert list(patch_model(model, layers=[-1, 0]).layers) == [0, 2]
     assert patch_model(model, layers={1: {"num_retrieved": 5}}).layers[1].num_retrieved == 5
-    with pytest.raises(ValueError, match="layer 3 is out of range"):
-        patch_model(model, layers=[3])
-    with pytest.raises(ValueError, match='must be "all", "central"'):
-        patch_model(model, layers="some")
-    with pytest.raises(TypeError, match="expected a Transformers model"):
-        patch_model(torch.nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("layers", "error", "message"),
+    [
+        ([3], ValueError, r"layer 3 is out of range for a model of 3 layers \(0 to 2, or -3 to -1\)"),
+        ([0, -4], ValueError, "layer -4 is out of range"),
+        ({5: {}}, ValueError, "layer 5 is out of range"),
+        ([0, -3], ValueError, "names a layer of a model of 3 layers twice"),
+        ("some", ValueError, 'layers=\'some\': must be "all", "central"'),
+        ([1.0], TypeError, "1.0 is not a layer index"),
+        (1, TypeError, "layers=1: must be None, a list of layer indices, or a mapping"),
+        ({1: {"depth": 2}}, ValueError, "no field 'depth'"),
+    ],
+    ids=str,
+)
+def test_a_wrong_choice_of_layers_leaves_the_model_as_it_was(layers, error, message):
+    for model, implementation in ((tiny_model("llama"), "sdpa"), (muse_model("llama"), "muse")):
+        policy = getattr(model.config, "muse", None)
+        with pytest.raises(error, match=message):
+            patch_model(model, layers=layers)
+        assert model.config._attn_implementation == implementation
+        assert getattr(model.config, "muse", None) == policy
+
+
+@pytest.mark.parametrize("function", [patch_model, unpatch_model])
+def test_only_transformers_models_are_taken(function):
+    with pytest.raises(TypeError, match="expected a Transformers model, got Linear"):
+        function(torch.nn.Linear(1, 1))
 
 
 def test_what_changes_the_meaning_is_refused():
-    windowed = tiny("llama")
-    windowed.config.model_type = "mistral"
-    windowed.config.sliding_window = 8
-    with pytest.raises(UnsupportedError, match="sliding window of 8 tokens"):
+    windowed = tiny_model("mistral", sliding_window=8)
+    with pytest.raises(UnsupportedError, match=r"layers \[0, 1, 2\] of 'mistral' have a sliding window of 8"):
         patch_model(windowed)
-    dropping = tiny("llama", attention_dropout=0.1).train()
-    patch_model(dropping, config=SMALL)
+    assert windowed.config._attn_implementation == "sdpa", "a refused model is patched all the same"
+    dropping = muse_model("llama", attention_dropout=0.1).train()
     with pytest.raises(UnsupportedError, match=r"attention dropout 0\.1"):
-        dropping(input_ids=tokens(70))
+        dropping(input_ids=tokens(LONG))
 
 
 @pytest.mark.parametrize("family", ["bloom", "codegen", "gpt_neo"])
@@ -147,12 +150,117 @@ def test_families_that_ignore_the_name_are_refused(family):
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
-    model, ids = tiny("llama").train(), tokens(70)
-    patch_model(model, config=SMALL)
+    model, ids = muse_model("llama").train(), tokens(LONG)
     model(input_ids=ids, labels=ids).loss.backward()
-    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
     model.gradient_checkpointing_enable()
     model(input_ids=ids, labels=ids).loss.backward()
-    for parameter, grad in zip(model.parameters(), expected):
-        assert torch.equal(parameter.grad, grad)
+    for name, parameter in model.named_parameters():
+        assert_same(parameter.grad, expected[name], f"gradient of {name}", atol=0)
+
+
+def test_the_report_prints_what_was_done():
+    model = tiny_model("llama", attention="eager")
+    config = MuseConfig(local_block=256, hierarchy="dyadic", num_retrieved=4)
+    special = {"num_clusters": 8, "summaries": "tilted", "multipole": "dipole", "num_retrieved": 0}
+    report = patch_model(model, layers={0: {}, -1: special}, config=config)
+    assert str(report).splitlines() == [
+        "LlamaForCausalLM: MuSe attention in 2 of 3 layers (before: 'eager' in all)",
+        "  layer 0: dyadic blocks from 256 tokens, clusters of 32 keys, plain summaries, monopole, "
+        "4 retrieved",
+        "  layer 2: dyadic blocks from 256 tokens, 8 clusters a block, tilted summaries, dipole, 0 retrieved",
+    ]
+    assert str(patch_model(model, layers=[])) == (
+        "LlamaForCausalLM: MuSe attention in 0 of 3 layers (before: 'eager' in all)"
+    )
+
+
+# Inside wrappers, before and after them
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("patched", ["before", "inside", "through the model within"])
+def test_peft(family, patched):
+    exact, expected = output_of(tiny_model(family), tokens(LONG)), output_of(muse_model(family), tokens(LONG))
+    model = tiny_model(family)
+    if patched == "before":
+        patch_model(model, config=MUSE)
+    wrapped = get_peft_model(model, LoraConfig(r=4)).double().eval()
+    if patched != "before":
+        report = patch_model(wrapped if patched == "inside" else wrapped.get_base_model(), config=MUSE)
+        assert report.model == type(model).__name__
+    assert_same(output_of(wrapped, tokens(LONG)), expected, f"patched {patched}")
+    assert_same(output_of(copy.deepcopy(wrapped), tokens(LONG)), expected, "its deepcopy")
+
+    wrapped.train()(input_ids=tokens(LONG))[0].sum().backward()
+    trained = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
+    assert trained
+    assert all(parameter.grad is not None for parameter in trained), "an adapter gets no gradient"
+    unpatch_model(wrapped)
+    assert_same(output_of(wrapped.eval(), tokens(LONG)), exact, "unpatched inside", atol=0)
+
+
+@pytest.mark.parametrize("family", CAUSAL_FAMILIES)
+def test_prefix_tuning_attends_exactly(family):
+    """A learned prefix makes more keys than queries at the first forward already."""
+    prefix = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=5)
+    model = get_peft_model(tiny_model(family), prefix).double().eval()
+    batch, places = pad_batch([tokens(LONG), tokens(MEDIUM, seed=2)], "right")
+    del batch["position_ids"]  # PEFT makes its own
+    expected = output_of(model, **batch)
+    patch_model(model, config=MUSE)
+    found = output_of(model, **batch)
+    for place in places:
+        assert_same(found[place], expected[place], f"row {place[0]}")
+
+
+@pytest.mark.parametrize(("patched", "family"), [("before", "gpt2"), ("after the first forward of", "llama")])
+def test_compiled_models(patched, family):
+    torch._dynamo.reset()
+    size = {"n_layer" if family == "gpt2" else "num_hidden_layers": 1}  # every layer is compiled anew
+    model, with_muse = tiny_model(family, **size), muse_model(family, **size)
+    exact, expected = (output_of(each, tokens(LONG), use_cache=False) for each in (model, with_muse))
+    if patched == "before":
+        patch_model(model, config=MUSE)
+    compiled = torch.compile(model, backend="eager")
+    if patched != "before":
+        assert_same(output_of(compiled, tokens(LONG), use_cache=False), exact, "compiled before MuSe")
+        patch_model(compiled, config=MUSE)
+    found = output_of(compiled, tokens(LONG), use_cache=False)
+    assert_same(found, expected, f"patched {patched} compiling")
+    batch, places = pad_batch([tokens(LONG), tokens(MEDIUM, seed=2)], "left")
+    padded = output_of(compiled, **batch, use_cache=False)
+    assert_same(padded[places[0]], expected[0], "in a padded batch")
+    unpatch_model(compiled)
+    assert_same(output_of(compiled, tokens(LONG), use_cache=False), exact, "unpatched")
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, torch.compile])
+def test_wrappers_in_wrappers(wrap):
+    model = tiny_model("llama")
+    wrapped = wrap(torch.nn.DataParallel(get_peft_model(model, LoraConfig(r=4))))
+    assert patch_model(wrapped, config=MUSE).model == "LlamaForCausalLM"
+    assert model.config._attn_implementation == "muse"
+    unpatch_model(wrapped)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_data_parallel_forwards():
+    wrapped = torch.nn.DataParallel(tiny_model("llama"))
+    patch_model(wrapped, config=MUSE)
+    assert_same(output_of(wrapped, tokens(LONG)), output_of(muse_model("llama"), tokens(LONG)), "wrapped")
+
+
+@pytest.mark.parametrize("target", ["cpu", torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_moving_and_casting_before_and_after_are_the_same(family, target):
+    before = muse_model(family, layers=[0, -1]).to(target)
+    after = tiny_model(family).to(target)
+    exact = output_of(after, tokens(LONG))
+    patch_model(after, layers=[0, -1], config=MUSE)
+    assert before.config.muse == after.config.muse
+    found = output_of(before, tokens(LONG))
+    assert found.dtype == before.dtype
+    assert_same(found, output_of(after, tokens(LONG)), f".to({target}) before and after patching", atol=0)
+    assert_different(found, exact, "MuSe from exact attention", least=0.1)

@@ -37,7 +37,7 @@ class _Attend(torch.autograd.Function):
             key, value, layout.key_start, block, per_block, config.capacity_for(block), config.kmeans_iters
         )
         chosen, choice = select(
-            query, clusters.key_mean, clusters.count, layout, scale, config.num_retrieved, block
+            query, clusters.key_mean, clusters.log_mass, layout, scale, config.num_retrieved, block
         )
         items = sort_items(choice.unflatten(0, (-1, groups)).flatten(1, 2), clusters.count.shape[1])
         output = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)

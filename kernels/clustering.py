@@ -14,6 +14,8 @@ import triton.language as tl
 from muse_hf.kernels.common import largest, load_rows, ordered, power_of_two
 
 CAPACITY_ROUNDS = 4
+# Rows behind the last summary that a tile of summaries may read.
+PADDING = 128
 # Leading bits of a closeness that tell nearer from farther when a cluster is full.
 _BITS = tl.constexpr(20)
 
@@ -24,11 +26,14 @@ class Clusters(NamedTuple):
     Attributes:
         members: (Hkv, J, m) int32 token ids, -1 where there is none.
         count: (Hkv, J) int32 number of members.
-        key_mean, value_mean: (Hkv, J, D) in the dtype of the keys.
+        log_mass: (Hkv, J) float32 log of the count, -inf if empty.
+        key_mean, value_mean: (Hkv, J, D) in the dtype of the keys. All three have PADDING more entries behind
+            the last, so that tiles need no masks to read beyond it.
     """
 
     members: torch.Tensor
     count: torch.Tensor
+    log_mass: torch.Tensor
     key_mean: torch.Tensor
     value_mean: torch.Tensor
 
@@ -163,7 +168,7 @@ def _settle_kernel(label, room, size, num_clusters, BLOCK_N: tl.constexpr, BLOCK
 
 @triton.jit
 def _collect_kernel(
-    key, value, key_start, label, members, count, key_mean, value_mean,
+    key, value, key_start, label, members, count, log_mass, key_mean, value_mean,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, length, size, num_clusters, capacity,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -182,6 +187,7 @@ def _collect_kernel(
         tl.store(members + row * capacity + place, start + points, mask=mine & (place < capacity))
         held += tl.sum(mine.to(tl.int32), 0)
     tl.store(count + row, held)
+    tl.store(log_mass + row, tl.where(held > 0, tl.log(held.to(tl.float32)), -float("inf")))
     tl.debug_barrier()
     places = tl.arange(0, BLOCK_M)
     filled = places < held
@@ -248,11 +254,19 @@ def cluster_keys(
     )
     members = torch.full((heads, blocks * num_clusters, capacity), -1, dtype=torch.int32, device=device)
     count = torch.empty(heads, blocks * num_clusters, dtype=torch.int32, device=device)
-    key_mean = torch.empty(heads, blocks * num_clusters, head_dim, dtype=key.dtype, device=device)
-    value_mean = torch.empty_like(key_mean)
+    log_mass = _padded(heads, blocks * num_clusters, dtype=torch.float32, device=device)
+    key_mean, value_mean = (
+        _padded(heads, blocks * num_clusters, head_dim, dtype=key.dtype, device=device) for _ in range(2)
+    )
     _collect_kernel[(blocks, num_clusters, heads)](
-        key, value, key_start, label, members, count, key_mean, value_mean, *strides, *value.stride()[:3],
+        key, value, key_start, label, members, count, log_mass, key_mean, value_mean, *strides, *value.stride()[:3],
         length, size, num_clusters, capacity,
         **dims, BLOCK_N=min(1024, power_of_two(size)), BLOCK_M=power_of_two(capacity),
     )  # fmt: skip
-    return Clusters(members, count, key_mean, value_mean)
+    return Clusters(members, count, log_mass, key_mean, value_mean)
+
+
+def _padded(heads: int, rows: int, *width: int, **options) -> torch.Tensor:
+    """Zeros (heads, rows, *width) followed in memory by PADDING more rows of zeros."""
+    flat = torch.zeros(heads * rows + PADDING, *width, **options)
+    return flat[: heads * rows].unflatten(0, (heads, rows))

@@ -12,11 +12,11 @@ import triton.language as tl
 from muse_hf.kernels.clustering import Clusters
 from muse_hf.kernels.common import load_rows, power_of_two, store_rows
 from muse_hf.kernels.layout import SUMMARY_TILE, Layout
-from muse_hf.kernels.selection import summary_logits
+from muse_hf.kernels.selection import load_summaries, summary_logits
 
 # Programs that the gradients of summaries are spread over, so that the whole device is busy.
 _PROGRAMS = 2048
-_FORWARD = {"BLOCK_Q": 128, "BLOCK_J": 64, "num_warps": 8, "num_stages": 3}
+_FORWARD = {"BLOCK_Q": 128, "BLOCK_J": 64, "num_warps": 4, "num_stages": 3}
 _QUERY_BACKWARD = {"BLOCK_Q": 64, "BLOCK_J": 64, "num_warps": 4, "num_stages": 3}
 _SUMMARY_BACKWARD = {"BLOCK_Q": 64, "BLOCK_J": SUMMARY_TILE, "num_warps": 4, "num_stages": 3}
 
@@ -34,7 +34,7 @@ def _kept(chosen, rows, inside, first, WORDS: tl.constexpr, BLOCK_Q: tl.constexp
 
 @triton.jit
 def _forward_kernel(
-    query, key_mean, value_mean, count, block_start, block_length, first_cluster, num_seen, chosen,
+    query, key_mean, value_mean, log_mass, block_start, block_length, first_cluster, num_seen, chosen,
     local, local_lse, output, lse,
     stride_qb, stride_qh, stride_qn, stride_lb, stride_lh, stride_ln, stride_ob, stride_oh, stride_on,
     length, num_tokens, num_clusters, scale,
@@ -53,7 +53,6 @@ def _forward_kernel(
         first = tl.load(first_cluster + block)
         heads_row = (head // GROUP_HEADS).to(tl.int64) * num_clusters + first
         q = load_rows(query, tokens, inside, head, stride_qb, stride_qh, stride_qn, length, HEAD_DIM, BLOCK_D)
-        dims = tl.arange(0, BLOCK_D)
         # The local part starts the sum: every query attends to itself, so its logsumexp is finite.
         row = head.to(tl.int64) * num_tokens + tokens
         top = tl.load(local_lse + row, mask=inside, other=0)
@@ -63,17 +62,13 @@ def _forward_kernel(
         ).to(tl.float32)
         for j in range(0, seen, BLOCK_J):
             clusters = j + tl.arange(0, BLOCK_J)
-            exists = clusters < seen
-            s = summary_logits(q, key_mean, count, heads_row, clusters, exists, scale, HEAD_DIM, BLOCK_D)
+            k = load_summaries(key_mean, heads_row + clusters, HEAD_DIM, BLOCK_D)
+            s = summary_logits(q, k, log_mass, heads_row + clusters, clusters < seen, scale)
             s = tl.where(_kept(chosen, row, inside, j, WORDS, BLOCK_Q, BLOCK_J), s, -float("inf"))
             new_top = tl.maximum(top, tl.max(s, 1))
             p = tl.exp(s - new_top[:, None])
             shrink = tl.exp(top - new_top)
-            v = tl.load(
-                value_mean + (heads_row + clusters)[:, None] * HEAD_DIM + dims[None, :],
-                mask=exists[:, None] & (dims < HEAD_DIM)[None, :],
-                other=0,
-            )
+            v = load_summaries(value_mean, heads_row + clusters, HEAD_DIM, BLOCK_D)
             o = o * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
             total = total * shrink + tl.sum(p, 1)
             top = new_top
@@ -86,7 +81,7 @@ def _forward_kernel(
 
 @triton.jit
 def _query_backward_kernel(
-    query, key_mean, value_mean, count, block_start, block_length, first_cluster, num_seen, chosen,
+    query, key_mean, value_mean, log_mass, block_start, block_length, first_cluster, num_seen, chosen,
     grad, lse, delta, grad_query,
     stride_qb, stride_qh, stride_qn, stride_ob, stride_oh, stride_on, stride_gb, stride_gh, stride_gn,
     length, num_tokens, num_clusters, scale,
@@ -106,22 +101,18 @@ def _query_backward_kernel(
         heads_row = (head // GROUP_HEADS).to(tl.int64) * num_clusters + first
         q = load_rows(query, tokens, inside, head, stride_qb, stride_qh, stride_qn, length, HEAD_DIM, BLOCK_D)
         do = load_rows(grad, tokens, inside, head, stride_ob, stride_oh, stride_on, length, HEAD_DIM, BLOCK_D)
-        dims = tl.arange(0, BLOCK_D)
         row = head.to(tl.int64) * num_tokens + tokens
         query_lse = tl.load(lse + row, mask=inside, other=float("inf"))
         query_delta = tl.load(delta + row, mask=inside, other=0)
         dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
         for j in range(0, seen, BLOCK_J):
             clusters = j + tl.arange(0, BLOCK_J)
-            exists = clusters < seen
-            at = (heads_row + clusters)[:, None] * HEAD_DIM + dims[None, :]
-            mask = exists[:, None] & (dims < HEAD_DIM)[None, :]
-            s = summary_logits(q, key_mean, count, heads_row, clusters, exists, scale, HEAD_DIM, BLOCK_D)
+            k = load_summaries(key_mean, heads_row + clusters, HEAD_DIM, BLOCK_D)
+            s = summary_logits(q, k, log_mass, heads_row + clusters, clusters < seen, scale)
             kept = _kept(chosen, row, inside, j, WORDS, BLOCK_Q, BLOCK_J)
             p = tl.where(kept, tl.exp(s - query_lse[:, None]), 0)
-            v = tl.load(value_mean + at, mask=mask, other=0)
+            v = load_summaries(value_mean, heads_row + clusters, HEAD_DIM, BLOCK_D)
             ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - query_delta[:, None])
-            k = tl.load(key_mean + at, mask=mask, other=0)
             dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
         dq = dq * scale + load_rows(
             grad_query, tokens, inside, head, stride_gb, stride_gh, stride_gn, length, HEAD_DIM, BLOCK_D
@@ -133,7 +124,7 @@ def _query_backward_kernel(
 
 @triton.jit
 def _summary_backward_kernel(
-    query, key_mean, value_mean, count, tile_first, tile_end, query_start, query_end, sequence_first, chosen,
+    query, key_mean, value_mean, log_mass, tile_first, tile_end, query_start, query_end, sequence_first, chosen,
     grad, lse, delta, part_key_mean, part_value_mean,
     stride_qb, stride_qh, stride_qn, stride_ob, stride_oh, stride_on,
     length, num_tokens, num_clusters, num_heads, num_splits, scale, block_size, clusters_per_block,
@@ -152,10 +143,8 @@ def _summary_backward_kernel(
     dims = tl.arange(0, BLOCK_D)
     at = (heads_row + clusters)[:, None] * HEAD_DIM + dims[None, :]
     mask = exists[:, None] & (dims < HEAD_DIM)[None, :]
-    k = tl.load(key_mean + at, mask=mask, other=0)
-    v = tl.load(value_mean + at, mask=mask, other=0)
-    many = tl.load(count + heads_row + clusters, mask=exists, other=0)
-    log_mass = tl.where(many > 0, tl.log(many.to(tl.float32)), -float("inf"))
+    k = load_summaries(key_mean, heads_row + clusters, HEAD_DIM, BLOCK_D)
+    v = load_summaries(value_mean, heads_row + clusters, HEAD_DIM, BLOCK_D)
     # Queries of the block after a cluster's own are the first to see it.
     own_block = (local + tl.arange(0, BLOCK_J)) // clusters_per_block
     seen_from = start + (own_block - local // clusters_per_block) * block_size
@@ -170,9 +159,9 @@ def _summary_backward_kernel(
         row = head.to(tl.int64) * num_tokens + tokens
         query_lse = tl.load(lse + row, mask=inside, other=float("inf"))
         query_delta = tl.load(delta + row, mask=inside, other=0)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + log_mass[None, :]
+        s = summary_logits(q, k, log_mass, heads_row + clusters, exists, scale)
         kept = _kept(chosen, row, inside, local, WORDS, BLOCK_Q, BLOCK_J)
-        kept &= exists[None, :] & (tokens[:, None] >= seen_from[None, :])
+        kept &= tokens[:, None] >= seen_from[None, :]
         p = tl.where(kept, tl.exp(s - query_lse[:, None]), 0)
         dv += tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
         ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - query_delta[:, None])
@@ -216,7 +205,7 @@ def refine(
     """Merge the local part and the summaries into output (B, H, N, D) and lse (H, B * N)."""
     strides = [s for tensor in (query, local, output) for s in tensor.stride()[:3]]
     _forward_kernel[_query_grid(query, layout, block, _FORWARD["BLOCK_Q"])](
-        query, clusters.key_mean, clusters.value_mean, clusters.count, *_query_blocks(layout), chosen,
+        query, clusters.key_mean, clusters.value_mean, clusters.log_mass, *_query_blocks(layout), chosen,
         local, local_lse, output, lse, *strides, *_sizes(query, clusters), scale, **_tiles(query, clusters, chosen), **_FORWARD,
     )  # fmt: skip
 
@@ -228,7 +217,7 @@ def query_backward(
     """Add the gradient through the summaries to the local one in grad_query (B, H, N, D)."""
     strides = [s for tensor in (query, grad, grad_query) for s in tensor.stride()[:3]]
     _query_backward_kernel[_query_grid(query, layout, block, _QUERY_BACKWARD["BLOCK_Q"])](
-        query, clusters.key_mean, clusters.value_mean, clusters.count, *_query_blocks(layout), chosen,
+        query, clusters.key_mean, clusters.value_mean, clusters.log_mass, *_query_blocks(layout), chosen,
         grad, lse, delta, grad_query, *strides, *_sizes(query, clusters), scale, **_tiles(query, clusters, chosen), **_QUERY_BACKWARD,
     )  # fmt: skip
 
@@ -248,7 +237,7 @@ def summary_backward(
     )
     strides = [s for tensor in (query, grad) for s in tensor.stride()[:3]]
     _summary_backward_kernel[(num_tiles, groups * splits, kv_heads)](
-        query, clusters.key_mean, clusters.value_mean, clusters.count, *tiles, chosen, grad, lse, delta,
+        query, clusters.key_mean, clusters.value_mean, clusters.log_mass, *tiles, chosen, grad, lse, delta,
         *parts, *strides, *_sizes(query, clusters), kv_heads, splits, scale, block, clusters_per_block,
         **_tiles(query, clusters, chosen), **_SUMMARY_BACKWARD,
     )  # fmt: skip

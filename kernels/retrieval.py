@@ -15,12 +15,12 @@ from muse_hf.kernels.common import load_rows, power_of_two, row_offsets, store_r
 
 # Partial outputs that exist at once. Key/value heads are worked through in parts of this size.
 _PARTIAL_BYTES = 1 << 30
-_FORWARD = {"BLOCK_Q": 64, "num_warps": 4, "num_stages": 3}
+_FORWARD = {"BLOCK_Q": 64, "num_warps": 4, "num_stages": 1}
 _BACKWARD = {"BLOCK_Q": 64, "num_warps": 4, "num_stages": 3}
 # Programs that share the queries of a cluster in the forward pass.
 _SPLITS = 4
 # Entries of partial outputs that one program merges.
-_MERGED = 8192
+_MERGED = 16384
 
 
 class Items(NamedTuple):

@@ -18,29 +18,30 @@ from muse_hf.kernels.layout import Layout
 _BITS = 14
 _MOST_GROUPS = 256
 _WORDS = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
-_PRODUCT = {"BLOCK_Q": 128, "BLOCK_J": 64, "num_warps": 8}
-_SEARCH = {"BLOCK_Q": 8, "num_warps": 4}
+_PRODUCT = {"BLOCK_Q": 128, "BLOCK_J": 64, "num_warps": 4}
+_SEARCH = {"BLOCK_Q": 4, "num_warps": 2}
 
 
 @triton.jit
-def summary_logits(
-    q, key_mean, count, heads_row, clusters, exists, scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """ℓ = log |j| + q·k̃ (BLOCK_Q, BLOCK_J), -inf where a cluster is empty or does not exist."""
+def load_summaries(means, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows (BLOCK_J, BLOCK_D) of key or value means."""
     dims = tl.arange(0, BLOCK_D)
-    k = tl.load(
-        key_mean + (heads_row + clusters)[:, None] * HEAD_DIM + dims[None, :],
-        mask=exists[:, None] & (dims < HEAD_DIM)[None, :],
-        other=0,
-    )
-    many = tl.load(count + heads_row + clusters, mask=exists, other=0)
-    log_mass = tl.where(many > 0, tl.log(many.to(tl.float32)), -float("inf"))
-    return tl.dot(q, tl.trans(k), input_precision="ieee") * scale + log_mass[None, :]
+    at = means + rows[:, None] * HEAD_DIM + dims[None, :]
+    if HEAD_DIM == BLOCK_D:
+        return tl.load(at)
+    return tl.load(at, mask=(dims < HEAD_DIM)[None, :], other=0)
+
+
+@triton.jit
+def summary_logits(q, k, log_mass, rows, exists, scale):
+    """ℓ = log |j| + q·k̃ (BLOCK_Q, BLOCK_J), -inf where a cluster is empty or does not exist."""
+    bias = tl.where(exists, tl.load(log_mass + rows), -float("inf"))
+    return tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias[None, :]
 
 
 @triton.jit
 def _maxima_kernel(
-    query, key_mean, count, block_start, block_length, first_cluster, num_seen, maxima,
+    query, key_mean, log_mass, block_start, block_length, first_cluster, num_seen, maxima,
     stride_b, stride_h, stride_n, length, num_tokens, num_clusters, scale,
     GROUP_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr, G: tl.constexpr, NUM_GROUPS: tl.constexpr,
@@ -59,9 +60,8 @@ def _maxima_kernel(
         at = maxima + (head.to(tl.int64) * num_tokens + tokens)[:, None] * NUM_GROUPS
         for j in range(0, seen, BLOCK_J):
             clusters = j + tl.arange(0, BLOCK_J)
-            s = summary_logits(
-                q, key_mean, count, heads_row, clusters, clusters < seen, scale, HEAD_DIM, BLOCK_D
-            )
+            k = load_summaries(key_mean, heads_row + clusters, HEAD_DIM, BLOCK_D)
+            s = summary_logits(q, k, log_mass, heads_row + clusters, clusters < seen, scale)
             top = tl.max(tl.reshape(s, [BLOCK_Q, BLOCK_J // G, G]), 2)
             to = at + (j // G + tl.arange(0, BLOCK_J // G))[None, :]
             tl.store(to, top.to(maxima.dtype.element_ty), mask=inside[:, None])
@@ -93,7 +93,7 @@ def _groups_kernel(
 
 @triton.jit
 def _candidates_kernel(
-    query, key_mean, count, block_start, block_length, first_cluster, num_seen, ranks, candidates,
+    query, key_mean, log_mass, block_start, block_length, first_cluster, num_seen, ranks, candidates,
     stride_b, stride_h, stride_n, length, num_tokens, num_clusters, scale,
     GROUP_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_J: tl.constexpr, G: tl.constexpr, NUM_GROUPS: tl.constexpr, ROOM: tl.constexpr,
@@ -112,9 +112,8 @@ def _candidates_kernel(
         row = head.to(tl.int64) * num_tokens + tokens
         for j in range(0, seen, BLOCK_J):
             clusters = j + tl.arange(0, BLOCK_J)
-            s = summary_logits(
-                q, key_mean, count, heads_row, clusters, clusters < seen, scale, HEAD_DIM, BLOCK_D
-            )
+            k = load_summaries(key_mean, heads_row + clusters, HEAD_DIM, BLOCK_D)
+            s = summary_logits(q, k, log_mass, heads_row + clusters, clusters < seen, scale)
             groups = j // G + tl.arange(0, BLOCK_J // G)
             at = row[:, None] * NUM_GROUPS + groups[None, :]
             rank = tl.load(ranks + at, mask=inside[:, None], other=0).to(tl.int32)
@@ -176,10 +175,10 @@ def _group_size(max_seen: int, num_retrieved: int) -> int:
 
 
 def select(
-    query: torch.Tensor, key_mean: torch.Tensor, count: torch.Tensor, layout: Layout,
+    query: torch.Tensor, key_mean: torch.Tensor, log_mass: torch.Tensor, layout: Layout,
     scale: float, num_retrieved: int, block: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Choose clusters for all queries (B, H, N, D) by their summaries (Hkv, J, D) and sizes (Hkv, J).
+    """Choose clusters for all queries (B, H, N, D) by key means (Hkv, J, D) and log masses (Hkv, J).
 
     Returns:
         A bitmap (H, B * N, W) int32 of the clusters chosen among those seen, and the choice (H, B * N, r)
@@ -206,12 +205,12 @@ def select(
     sizes = (*query.stride()[:3], length, num_tokens, key_mean.shape[1], scale)
 
     maxima = new(heads, num_tokens, num_groups, dtype=logit)
-    _maxima_kernel[tiles](query, key_mean, count, *blocks, maxima, *sizes, **products)
+    _maxima_kernel[tiles](query, key_mean, log_mass, *blocks, maxima, *sizes, **products)
     _groups_kernel[few](maxima, layout.token_seen, words, choice, num_tokens, num_retrieved, **search)
     del maxima
     candidates = new(heads, num_tokens, block_r * group, dtype=logit)
     _candidates_kernel[tiles](
-        query, key_mean, count, *blocks, words, candidates, *sizes, **products, ROOM=block_r * group
+        query, key_mean, log_mass, *blocks, words, candidates, *sizes, **products, ROOM=block_r * group
     )
     _clusters_kernel[few](
         candidates, layout.token_seen, layout.token_first, words, choice, num_tokens, num_retrieved,

@@ -140,8 +140,7 @@ def _accept_kernel(label, closeness, room, size, num_clusters, BLOCK_N: tl.const
     else:
         near = tl.load(closeness + problem * size + points, mask=asks, other=0)
         keys = tl.where(asks, ordered(near) >> (32 - _BITS), 0)
-        accepted = largest(keys[None, :], left, _BITS)
-        accepted = tl.reshape(accepted, [BLOCK_N]) & asks
+        accepted = largest(keys, left, _BITS)
         tl.store(labels, tl.where(accepted, cluster + num_clusters, -1), mask=asks)
         tl.store(place, 0)
 

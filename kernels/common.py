@@ -72,15 +72,17 @@ def largest(keys, count, BITS: tl.constexpr):
     The threshold is found bit by bit, which needs no sorting and no memory.
 
     Args:
-        keys: (R, K) uint32, of which the lower BITS may be set.
-        count: How many, a number or (R,).
+        keys: (R, K) or (K,) uint32, of which the lower BITS may be set.
+        count: How many of each row.
     """
-    threshold = tl.zeros([keys.shape[0]], tl.uint32)
+    axis: tl.constexpr = len(keys.shape) - 1
+    threshold = tl.sum(keys * 0, axis, keep_dims=True)  # zeros, laid out like the sums below
+    one = threshold + 1
     for i in range(BITS):
-        trial = threshold | (tl.full([keys.shape[0]], 1, tl.uint32) << (BITS - 1 - i))
-        enough = tl.sum((keys >= trial[:, None]).to(tl.int32), 1) >= count
+        trial = threshold | (one << (BITS - 1 - i))
+        enough = tl.sum((keys >= trial).to(tl.int32), axis, keep_dims=True) >= count
         threshold = tl.where(enough, trial, threshold)
-    above = keys > threshold[:, None]
-    equal = (keys == threshold[:, None]) & (keys > 0)
-    needed = count - tl.sum(above.to(tl.int32), 1)
-    return above | (equal & (tl.cumsum(equal.to(tl.int32), 1) <= needed[:, None]))
+    above = keys > threshold
+    equal = (keys == threshold) & (keys > 0)
+    needed = count - tl.sum(above.to(tl.int32), axis, keep_dims=True)
+    return above | (equal & (tl.cumsum(equal.to(tl.int32), axis) <= needed))

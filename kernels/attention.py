@@ -5,7 +5,7 @@ import torch
 from muse_hf.config import MuseConfig
 from muse_hf.kernels.clustering import Clusters, cluster_keys
 from muse_hf.kernels.layout import whole_rows
-from muse_hf.kernels.local import local_backward, local_forward
+from muse_hf.kernels.local import Saved, local_backward, local_forward
 from muse_hf.kernels.refinement import output_delta, query_backward, refine, summary_backward
 from muse_hf.kernels.retrieval import Items, retrieve, retrieve_backward, sort_items
 from muse_hf.kernels.selection import select
@@ -32,7 +32,7 @@ class _Attend(torch.autograd.Function):
         block, groups = config.local_block, heads // key.shape[1]
         per_block = config.clusters_for(block)
         layout = whole_rows(batch, length, block, per_block, query.device)
-        local, local_lse = local_forward(query, key, value, layout, scale, block)
+        local, local_lse, saved = local_forward(query, key, value, layout, scale, block)
         clusters = cluster_keys(
             key, value, layout.key_start, block, per_block, config.capacity_for(block), config.kmeans_iters
         )
@@ -44,7 +44,7 @@ class _Attend(torch.autograd.Function):
         lse = torch.empty_like(local_lse)
         refine(query, clusters, layout, chosen, local, local_lse, output, lse, scale, block)
         retrieve(query, key, value, clusters, choice, items, output, lse, scale)
-        ctx.save_for_backward(query, key, value, output, lse, chosen, choice, *items, *clusters)
+        ctx.save_for_backward(query, key, value, output, lse, *saved, chosen, choice, *items, *clusters)
         ctx.scale, ctx.config, ctx.layout = scale, config, layout
         row_lse = lse.unflatten(1, (batch, -1)).transpose(0, 1)
         ctx.mark_non_differentiable(row_lse)
@@ -52,12 +52,13 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
-        query, key, value, output, lse, chosen, choice, order, bounds, *clusters = ctx.saved_tensors
-        clusters, items = Clusters(*clusters), Items(order, bounds)
+        query, key, value, output, lse, *rest = ctx.saved_tensors
+        saved, (chosen, choice) = Saved(*rest[:2]), rest[2:4]
+        items, clusters = Items(*rest[4:6]), Clusters(*rest[6:])
         scale, layout, block = ctx.scale, ctx.layout, ctx.config.local_block
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         delta = output_delta(output, grad)
-        grads = local_backward(grad, query, key, value, output, lse, layout, scale, block)
+        grads = local_backward(grad, query, key, value, output, lse, saved, layout, scale, block)
         grad_means = summary_backward(
             query, clusters, layout, chosen, grad, lse, delta, scale, block, ctx.config.clusters_for(block)
         )

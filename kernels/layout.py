@@ -46,6 +46,7 @@ class Layout:
         key_start: (F,) first token id of each key block; all have `local_block` tokens.
         block_ends: (Z + 1,) 0 and the cumulative lengths of the blocks, for kernels of ragged batches.
         summary_tiles: For the gradients of summaries.
+        even: Whether the blocks are of `local_block` tokens each and leave none out.
         max_seen: Largest number of clusters seen.
     """
 
@@ -58,6 +59,7 @@ class Layout:
     key_start: torch.Tensor
     block_ends: torch.Tensor
     summary_tiles: SummaryTiles
+    even: bool
     max_seen: int
 
 
@@ -100,6 +102,6 @@ def layout_of(
     per_token[:, tokens] = table[2:].repeat_interleave(table[1], dim=1)
     key_start = torch.tensor(keys, dtype=torch.int32).to(device)
     ends = torch.tensor([0, *accumulate(length for _, length, *_ in blocks)], dtype=torch.int32).to(device)
-    return Layout(
-        *table, *per_token, key_start, ends, SummaryTiles(*columns(tiles)), max(b[3] for b in blocks)
-    )
+    even = len(blocks) * block == num_tokens
+    max_seen = max(seen for *_, seen in blocks)
+    return Layout(*table, *per_token, key_start, ends, SummaryTiles(*columns(tiles)), even, max_seen)

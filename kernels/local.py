@@ -4,53 +4,77 @@ Its backward is fed with the merged output and logsumexp and so gives the local 
 the library's kernel does not serve (float32, or no GPU) takes the reference's exact attention.
 """
 
+from typing import NamedTuple
+
 import torch
 from muse_hf.kernels.layout import Layout
 
 from muse_hf.reference.exact import exact_backward, exact_forward
 
 
+class Saved(NamedTuple):
+    """What cuDNN's backward wants back, of dropout that is not there. Empty for other kernels."""
+
+    philox_seed: torch.Tensor | None = None
+    philox_offset: torch.Tensor | None = None
+
+
 def local_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, block: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, Saved]:
     """Output (B, H, N, D) and logsumexp (H, B * N) float32 of each block by itself."""
-    if _has_flash(query):
-        ends = layout.block_ends
-        ragged = (_as_rows(tensor) for tensor in (query, key, value))
-        output, lse, *_ = torch.ops.aten._flash_attention_forward(
-            *ragged, ends, ends, block, block, 0.0, True, False, scale=scale
+    batch = query.shape[0]
+    if _has_library_kernel(query) and layout.even:
+        blocks = (_as_blocks(tensor, block) for tensor in (query, key, value))
+        output, lse, _, _, _, _, *saved, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            *blocks, None, True, 0.0, True, False, scale=scale
         )
-        return _from_rows(output, query.shape[0]), lse
+        lse = lse.squeeze(-1).transpose(0, 1).flatten(1)
+        return _from_blocks(output, batch), lse, Saved(*saved)
+    if _has_library_kernel(query):
+        ends = layout.block_ends
+        rows = (_as_rows(tensor) for tensor in (query, key, value))
+        output, lse, *_ = torch.ops.aten._flash_attention_forward(
+            *rows, ends, ends, block, block, 0.0, True, False, scale=scale
+        )
+        return _from_rows(output, batch), lse, Saved()
     tokens, inside = _block_tokens(layout, block)
     q, k, v = (_fold(tensor, tokens, key.shape[1]) for tensor in (query * scale, key, value))
     folded, folded_lse = exact_forward(q, k[:, 0], v[:, 0], is_causal=True)
     output = torch.zeros_like(query)
     _unfold(folded, tokens, inside, output)
-    lse = torch.zeros(query.shape[0], query.shape[1], query.shape[2], 1, device=query.device)
+    lse = torch.zeros(*query.shape[:3], 1, device=query.device)
     _unfold(folded_lse[..., None].float(), tokens, inside, lse)
-    return output, lse.transpose(0, 1).flatten(1)
+    return output, lse.transpose(0, 1).flatten(1), Saved()
 
 
 def local_backward(
     grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor,
-    lse: torch.Tensor, layout: Layout, scale: float, block: int,
+    lse: torch.Tensor, saved: Saved, layout: Layout, scale: float, block: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Local share of the gradients of query, key and value, given the merged output and logsumexp."""
     batch = query.shape[0]
-    if _has_flash(query):
+    if saved.philox_seed is not None:
+        blocks = (_as_blocks(tensor, block) for tensor in (grad, query, key, value, output))
+        block_lse = lse.unflatten(1, (-1, block)).transpose(0, 1)[..., None].contiguous()
+        grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            *blocks, block_lse, *saved, None, None, None, block, block, 0.0, True, scale=scale
+        )
+        return tuple(_from_blocks(share, batch) for share in grads)
+    if _has_library_kernel(query):
         ends = layout.block_ends
-        ragged = (_as_rows(tensor) for tensor in (grad, query, key, value, output))
+        rows = (_as_rows(tensor) for tensor in (grad, query, key, value, output))
         state = torch.empty(2, dtype=torch.uint64, device=query.device)  # of the dropout there is none of
         grads = torch.ops.aten._flash_attention_backward(
-            *ragged, lse, ends, ends, block, block, 0.0, True, state, state[:0], scale=scale
+            *rows, lse, ends, ends, block, block, 0.0, True, state, state[:0], scale=scale
         )
         return tuple(_from_rows(share, batch) for share in grads)
     tokens, inside = _block_tokens(layout, block)
     folded = (_fold(tensor, tokens, key.shape[1]) for tensor in (grad, query * scale, key, value, output))
     g, q, k, v, o = folded
     g = g.unflatten(0, (tokens.shape[0], -1)).mul_(inside[:, None, None, :, None]).flatten(0, 1)
-    rows = lse.unflatten(1, (batch, -1)).transpose(0, 1)[..., None]
-    folded_lse = _fold(rows, tokens, key.shape[1]).squeeze(-1)
+    lse_rows = lse.unflatten(1, (batch, -1)).transpose(0, 1)[..., None]
+    folded_lse = _fold(lse_rows, tokens, key.shape[1]).squeeze(-1)
     shares = exact_backward(g, q, k[:, 0], v[:, 0], o, folded_lse, is_causal=True)
     grads = tuple(torch.zeros_like(tensor) for tensor in (query, key, value))
     shares = (shares[0] * scale, shares[1][:, None], shares[2][:, None])
@@ -59,7 +83,7 @@ def local_backward(
     return grads
 
 
-def _has_flash(query: torch.Tensor) -> bool:
+def _has_library_kernel(query: torch.Tensor) -> bool:
     return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
 
 
@@ -70,6 +94,15 @@ def _as_rows(tensor: torch.Tensor) -> torch.Tensor:
 
 def _from_rows(rows: torch.Tensor, batch: int) -> torch.Tensor:
     return rows.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def _as_blocks(tensor: torch.Tensor, block: int) -> torch.Tensor:
+    """(B, H, N, D) to (B * N / block, H, block, D), a view where N rows of all heads lie together."""
+    return tensor.unflatten(2, (-1, block)).transpose(1, 2).flatten(0, 1)
+
+
+def _from_blocks(blocks: torch.Tensor, batch: int) -> torch.Tensor:
+    return blocks.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
 
 
 def _block_tokens(layout: Layout, block: int) -> tuple[torch.Tensor, torch.Tensor]:

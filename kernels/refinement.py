@@ -17,7 +17,7 @@ from muse_hf.kernels.selection import load_summaries, summary_logits
 # Programs that the gradients of summaries are spread over, so that the whole device is busy.
 _PROGRAMS = 2048
 _FORWARD = {"BLOCK_Q": 128, "BLOCK_J": 64, "num_warps": 4, "num_stages": 3}
-_QUERY_BACKWARD = {"BLOCK_Q": 64, "BLOCK_J": 64, "num_warps": 4, "num_stages": 3}
+_QUERY_BACKWARD = {"BLOCK_Q": 64, "BLOCK_J": 32, "num_warps": 4, "num_stages": 3}
 _SUMMARY_BACKWARD = {"BLOCK_Q": 64, "BLOCK_J": SUMMARY_TILE, "num_warps": 4, "num_stages": 3}
 
 

@@ -1,10 +1,11 @@
 """The Transformers adapter: the attention function and the mask function behind the name "muse"."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 from transformers.utils import logging
@@ -31,6 +32,30 @@ def register() -> None:
     AttentionInterface.register(NAME, muse_attention_forward)
     AttentionMaskInterface.register(NAME, muse_mask)
     PreTrainedConfig.muse = StoredPolicy()
+    PreTrainedModel._check_and_adjust_attn_implementation = _check_name(
+        PreTrainedModel._check_and_adjust_attn_implementation
+    )
+
+
+def _check_name(check: Callable[..., str]) -> Callable[..., str]:
+    """Add our rules to the place where Transformers accepts the name of an attention implementation.
+
+    A family that is not supported is refused there, before it ignores the name or breaks on it. And the name
+    is kept in the config while it is in force: Transformers does not save it of itself.
+    """
+
+    @functools.wraps(check)
+    def checked(model: PreTrainedModel, attn_implementation: str | None, *args: Any, **kwargs: Any) -> str:
+        if attn_implementation == NAME:
+            check_family(model.config)
+        accepted = check(model, attn_implementation, *args, **kwargs)
+        if accepted == NAME:
+            model.config.attn_implementation = NAME
+        elif vars(model.config).get("attn_implementation") == NAME:
+            del model.config.attn_implementation
+        return accepted
+
+    return checked
 
 
 @torch.compiler.disable  # the reference is not meant to be traced: a compiled model calls it between graphs
@@ -61,7 +86,6 @@ def muse_attention_forward(
         UnsupportedError: The model or one of its options is not supported.
     """
     config = layer_config(module)
-    _keep_when_saved(module.config)
     if config is not None and not is_cross_attention(module):
         check_options(module, kwargs)
     if attention_mask is None and kwargs.get("cu_seq_lens_q") is not None:
@@ -92,6 +116,7 @@ def muse_attention_forward(
     )
 
 
+@torch.compiler.disable
 def muse_mask(
     batch_size: int,
     q_length: int,
@@ -174,9 +199,3 @@ def _packed_segments(
     if future.any() or not visible(start).all():  # an overlay, a window or chunks: not whole documents
         return None
     return Segments.from_ids(starts_here.cumsum(1))
-
-
-def _keep_when_saved(model_config: Any) -> None:
-    """Let a model with a MuSe policy reload as one: Transformers drops this key on every load."""
-    if getattr(model_config, "muse", None) is not None and model_config._attn_implementation == NAME:
-        model_config.attn_implementation = NAME

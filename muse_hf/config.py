@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -96,6 +97,8 @@ class MuseConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "MuseConfig":
         """Rebuild a config from `to_dict`, also after JSON has turned layer indices into strings."""
+        if not isinstance(values, Mapping):
+            raise TypeError(f"a MuseConfig is stored as a mapping of its fields, got {values!r}")
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(values) - known):
             raise ValueError(
@@ -168,8 +171,9 @@ class MuseConfig:
         value = getattr(self, field)
         if value is None and field in ("num_clusters", "cluster_size"):
             return
-        if not isinstance(value, int) or isinstance(value, bool):
+        if not _is_integer(value):
             raise TypeError(f"MuseConfig.{field}={value!r}: must be an integer")
+        object.__setattr__(self, field, int(value))  # NumPy's integers are not JSON
         if value < smallest:
             self._refuse(field, f"must be at least {smallest}")
 
@@ -220,8 +224,19 @@ class MuseConfig:
 
 
 def _layer_index(value: Any) -> int:
-    if isinstance(value, str) and value.lstrip("-").isdigit():  # JSON object keys are strings
+    if isinstance(value, str) and value.removeprefix("-").isdecimal():  # JSON object keys are strings
         return int(value)
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not _is_integer(value):
         raise TypeError(f"MuseConfig.layers: {value!r} is not a layer index")
-    return value
+    return int(value)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def check_config(config: Any) -> MuseConfig:
+    """The config, if it is one."""
+    if not isinstance(config, MuseConfig):
+        raise TypeError(f"config must be a MuseConfig, got {type(config).__name__}; see MuseConfig.from_dict")
+    return config

@@ -1,9 +1,13 @@
 """`muse_attention`: the functional op, its argument checks and the choice of backend."""
 
+import math
+import numbers
+from typing import Any
+
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from muse_hf.config import MuseConfig
+from muse_hf.config import MuseConfig, check_config
 from muse_hf.reference.attention import reference_attention
 from muse_hf.segments import Segments, map_segments
 
@@ -23,9 +27,8 @@ def muse_attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Multipole Semantic Attention.
 
-    Sequences of at most `config.local_block` keys are attended exactly. A NaN in an input spreads to all
-    later tokens, as in exact attention, and like in PyTorch's fused kernels to the whole of its own local
-    block; never to earlier blocks, other rows or other segments.
+    Sequences of at most `config.local_block` keys are attended exactly. A NaN in an input may spread to the
+    whole of its own local block and to all later ones; never to earlier blocks, other rows or segments.
 
     Args:
         query: (B, H, Q, D) float16, bfloat16, float32 or float64.
@@ -47,9 +50,8 @@ def muse_attention(
         ValueError: Shapes, devices or segments do not fit together.
         NotImplementedError: The backend asked for is not there.
     """
-    config = MuseConfig() if config is None else config
-    query, key, value = _autocast(query, key, value)
-    _check_inputs(query, key, value, is_causal, segments)
+    config = MuseConfig() if config is None else check_config(config)
+    query, key, value = _checked(query, key, value, is_causal, scale, segments)
     if config.backend == "triton":
         raise NotImplementedError(
             'MuseConfig.backend="triton": this version has no Triton kernels yet; use "auto" or "reference"'
@@ -80,8 +82,7 @@ def exact_attention(
 
     Arguments, result and errors as in `muse_attention`; `dropout` is the probability of dropping a weight.
     """
-    query, key, value = _autocast(query, key, value)
-    _check_inputs(query, key, value, is_causal, segments)
+    query, key, value = _checked(query, key, value, is_causal, scale, segments)
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor]:
         grouped = query.shape[1] != key.shape[1]
@@ -117,27 +118,45 @@ def _reference(
     return output.to(query.dtype), lse
 
 
-def _autocast(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Under autocast, all inputs in its dtype, as PyTorch's attention does it."""
-    kinds = {tensor.device.type for tensor in tensors if isinstance(tensor, torch.Tensor)}
-    kind = kinds.pop() if len(kinds) == 1 else "cpu"
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    return tuple(
-        tensor.to(torch.get_autocast_dtype(kind)) if tensor.dtype != torch.float64 else tensor
-        for tensor in tensors
-    )
-
-
-def _check_inputs(query, key, value, is_causal: bool, segments: Segments | None) -> None:
+def _checked(
+    query: Any, key: Any, value: Any, is_causal: Any, scale: Any, segments: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The inputs, if they fit together; under autocast in its dtype, as PyTorch's attention does it."""
     named = {"query": query, "key": key, "value": value}
+    _check_types(named, is_causal, scale, segments)
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        named = {
+            name: tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+            for name, tensor in named.items()
+        }
+    _check_shapes(named, is_causal, segments)
+    return tuple(named.values())
+
+
+def _check_types(named: dict[str, Any], is_causal: Any, scale: Any, segments: Any) -> None:
     for name, tensor in named.items():
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.ndim != 4:
-            raise ValueError(f"{name} must have shape (batch, heads, tokens, head_dim), got {_shape(tensor)}")
         if tensor.dtype not in _DTYPES:
             raise TypeError(f"{name} has dtype {tensor.dtype}; supported are {_DTYPES}")
+        if tensor.device.type == "meta":
+            raise ValueError(f"{name} is on the meta device and holds no numbers to cluster")
+    if not isinstance(is_causal, bool):
+        raise TypeError(f"is_causal must be True or False, got {is_causal!r}")
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, numbers.Real)):
+        raise TypeError(f"scale must be a number, got {scale!r}")
+    if scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale!r}")
+    if segments is not None and not isinstance(segments, Segments):
+        raise TypeError(f"segments must be a muse_hf.Segments, got {type(segments).__name__}")
+
+
+def _check_shapes(named: dict[str, torch.Tensor], is_causal: bool, segments: Segments | None) -> None:
+    query, key, value = named.values()
+    for name, tensor in named.items():
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} must have shape (batch, heads, tokens, head_dim), got {_shape(tensor)}")
         if tensor.dtype != query.dtype:
             raise TypeError(f"{name} has dtype {tensor.dtype} but query has {query.dtype}; cast one of them")
         if tensor.device != query.device:

@@ -17,7 +17,7 @@ softcaps, attention sinks, position biases, sliding windows, and `output_attenti
 from typing import Any
 
 import torch
-from transformers.utils.output_capturing import _active_collector
+from transformers.utils import output_capturing
 
 from muse_hf.config import MuseConfig
 from muse_hf.segments import Segments
@@ -97,7 +97,9 @@ def check_options(module: torch.nn.Module, options: dict[str, Any]) -> None:
                 "leave this layer out of MuseConfig.layers"
             )
     # GPT-2 does not hand this option to its attention, so look at what the model was asked to collect too.
-    if options.get("output_attentions") or "attentions" in (_active_collector.get() or ()):
+    collector = getattr(output_capturing, "_active_collector", None)
+    collected = (collector.get() if collector else None) or ()
+    if options.get("output_attentions") or "attentions" in collected:
         raise UnsupportedError(
             f"{where}: output_attentions=True cannot be served, MuSe never forms the attention matrix; call "
             'model.set_attn_implementation("eager") to look at attention weights'

@@ -23,8 +23,13 @@ class Segments:
     ):
         self.shape = tuple(shape)
         self.rows, self.starts, self.lengths = list(rows), list(starts), list(lengths)
+        table = (self.rows, self.starts, self.lengths)
+        if len({len(column) for column in table}) > 1:
+            raise ValueError(f"rows, starts and lengths must be of equal length, got {[*map(len, table)]}")
+        if not all(isinstance(number, int) for column in table for number in column):
+            raise TypeError("rows, starts and lengths must be integers")
         end = [-1] * shape[0]
-        for row, start, length in sorted(zip(self.rows, self.starts, self.lengths)):
+        for row, start, length in sorted(zip(*table)):
             if not 0 <= row < shape[0] or length < 1 or start < max(end[row], 0) or start + length > shape[1]:
                 raise ValueError(
                     f"segment (row={row}, start={start}, length={length}) is empty, overlaps another one or "
@@ -112,8 +117,8 @@ def map_segments(
     rows, tokens = segments.shape
     groups = list(segments.by_length())
     if not groups:
-        empty = torch.zeros_like(query)
-        return (empty, empty[..., 0])
+        computed = torch.promote_types(query.dtype, torch.float32)
+        return query * 0, query.new_zeros(query.shape[:3], dtype=computed)
     device = query.device
     # All tokens are brought together once, group after group, so that no group touches the whole batch.
     first = [torch.tensor(r, device=device) * tokens + torch.tensor(s, device=device) for _, r, s in groups]

@@ -1,5 +1,6 @@
 """`patch_model` and `unpatch_model`."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from muse_hf.adapter import NAME
-from muse_hf.config import MuseConfig
+from muse_hf.config import DEFAULT_CLUSTER_SIZE, MuseConfig, check_config
 from muse_hf.routing import UnsupportedError, check_family, model_policy
 
 # Where the model remembers what it attended with before; a plain attribute, so that a deepcopy keeps it.
@@ -34,13 +35,13 @@ class PatchReport:
     def __str__(self) -> str:
         lines = [
             f"{self.model}: MuSe attention in {len(self.layers)} of {self.num_layers} layers "
-            f"(before: {self.previous!r} in all)"
+            f"(unpatch_model restores {self.previous!r})"
         ]
         for layer, config in self.layers.items():
             clusters = (
                 f"{config.num_clusters} clusters a block"
                 if config.num_clusters
-                else f"clusters of {config.cluster_size or 32} keys"
+                else f"clusters of {config.cluster_size or DEFAULT_CLUSTER_SIZE} keys"
             )
             lines.append(
                 f"  layer {layer}: {config.hierarchy} blocks from {config.local_block} tokens, {clusters}, "
@@ -67,7 +68,7 @@ def patch_model(
         A report to print.
 
     Raises:
-        TypeError: `model` holds no Transformers model, or `layers` has the wrong type.
+        TypeError: `model` holds no Transformers model, or `layers` or `config` has the wrong type.
         ValueError: A layer index is out of range.
         UnsupportedError: The model's family is not supported, or a chosen layer has a sliding window.
     """
@@ -75,7 +76,7 @@ def patch_model(
     model_config = base.config
     check_family(model_config)
     num_layers = model_config.num_hidden_layers
-    policy = model_policy(model_config) if config is None else config
+    policy = model_policy(model_config) if config is None else check_config(config)
     if layers is not None:
         policy = policy.replace(layers=_chosen_layers(layers, num_layers))
     chosen = policy.layer_indices(num_layers)
@@ -83,9 +84,9 @@ def patch_model(
 
     if model_config._attn_implementation != NAME:
         setattr(base, _PREVIOUS, model_config._attn_implementation)
+        _own_config(base)
     base.set_attn_implementation(NAME)
-    model_config.muse = policy.to_dict()
-    model_config.attn_implementation = NAME  # saved with the config, so that the model reloads patched
+    base.config.muse = policy
     return PatchReport(
         model=type(base).__name__,
         num_layers=num_layers,
@@ -106,7 +107,7 @@ def unpatch_model(model: torch.nn.Module) -> None:
     base = _transformers_model(model)
     if base.config._attn_implementation == NAME:
         base.set_attn_implementation(getattr(base, _PREVIOUS, "sdpa"))
-    for owner, name in ((base, _PREVIOUS), (base.config, "muse"), (base.config, "attn_implementation")):
+    for owner, name in ((base, _PREVIOUS), (base.config, "muse")):
         if name in vars(owner):
             delattr(owner, name)
 
@@ -124,6 +125,14 @@ def _transformers_model(model: torch.nn.Module) -> PreTrainedModel:
         else:
             raise TypeError(f"expected a Transformers model, got {type(model).__name__}")
     return inner
+
+
+def _own_config(model: PreTrainedModel) -> None:
+    """Part the model from others that were built from the same config object: they are not patched."""
+    shared, own = model.config, copy.deepcopy(model.config)
+    for module in model.modules():
+        if getattr(module, "config", None) is shared:
+            module.config = own
 
 
 def _chosen_layers(layers: Any, num_layers: int) -> list[int] | dict[int, Any] | None:

@@ -9,15 +9,17 @@ import math
 from typing import NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from muse_hf.config import MuseConfig
 from muse_hf.reference.blocks import KeyBlocks, build_key_blocks
 from muse_hf.reference.exact import exact_backward, exact_forward
+from muse_hf.reference.precision import outside_autocast
 from muse_hf.reference.refinement import refine
 from muse_hf.reference.retrieval import Retrieval
 
-# Entries of the largest temporary, the queries of a block once for every cluster they retrieve. The batch is
-# worked through in parts that keep it this small: less memory, and on the CPU it stays in warm pages.
+# Entries of the largest temporary, the queries of a block once for every cluster they retrieve. Rows and
+# heads are worked through in parts that keep it this small: less memory, and warm pages on the CPU.
 _ENTRIES = 1 << 22
 
 
@@ -148,6 +150,8 @@ class _Attend(torch.autograd.Function):
         return output, lse
 
     @staticmethod
+    @once_differentiable
+    @outside_autocast
     def backward(ctx, grad, _):
         query, key, value, output, lse, *rest = ctx.saved_tensors
         choices, tensors = rest[: len(ctx.chunks)], rest[len(ctx.chunks) :]
@@ -158,7 +162,15 @@ class _Attend(torch.autograd.Function):
         for chunk, choice in zip(ctx.chunks, choices):
             own = [tensor[:, :, chunk.queries] for tensor in (grad, query, output, lse)]
             if chunk.keys is not None:
-                shares = _local_backward(*own, key[:, chunk.keys], value[:, chunk.keys], ctx.is_causal)
+                shares = exact_backward(
+                    own[0],
+                    own[1],
+                    key[:, chunk.keys],
+                    value[:, chunk.keys],
+                    own[2],
+                    own[3],
+                    is_causal=ctx.is_causal,
+                )
                 grads[0][:, :, chunk.queries] += shares[0]
                 grads[1][:, chunk.keys] += shares[1]
                 grads[2][:, chunk.keys] += shares[2]
@@ -231,10 +243,6 @@ def _retrievals(folded, choice, levels, seen):
     for level, first, last in seen:
         yield Retrieval(folded, choice - before, levels[level], first, last)
         before += (last - first) * levels[level].filled.shape[2]
-
-
-def _local_backward(grad, queries, output, lse, keys, values, is_causal):
-    return exact_backward(grad, queries, keys, values, output, lse, is_causal=is_causal)
 
 
 def _refine_all(folded, groups, seen):

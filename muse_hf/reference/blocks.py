@@ -11,6 +11,7 @@ import torch
 from muse_hf.config import MuseConfig
 from muse_hf.reference.clustering import assign_with_capacity, kmeans_centroids
 from muse_hf.reference.packing import Packing
+from muse_hf.reference.precision import matmul
 
 
 class KeyBlocks(NamedTuple):
@@ -98,7 +99,7 @@ def tilted_summaries(
         M_a = Σ_j softmax_j(L_aj) Cov_j(v, k) with the unweighted covariance of each cluster.
     """
     num_clusters = keys.shape[1]
-    logits = centroids @ keys.flatten(1, 2).transpose(1, 2)
+    logits = matmul(centroids, keys.flatten(1, 2).transpose(1, 2))
     logits = logits.unflatten(2, (num_clusters, -1)).masked_fill(~filled[:, None], -torch.inf)
     empty = ~filled.any(-1)[:, None]
     # The logsumexp is spelled out so that an empty cluster gives no NaN in the backward pass.
@@ -107,12 +108,17 @@ def tilted_summaries(
     mass = weights.sum(-1).masked_fill(empty, 1)
     log_mass = (top + mass.log()).masked_fill(empty, -torch.inf)
     weights = (weights / mass[..., None]).transpose(1, 2)
-    key_mean, value_mean = ((weights @ members).transpose(1, 2) for members in (keys, values))
+    key_mean, value_mean = (matmul(weights, members).transpose(1, 2) for members in (keys, values))
     if not dipole:
         return log_mass, key_mean, value_mean, None
     covariance = _covariance(values, keys, filled)
     share = log_mass.softmax(-1)
-    return log_mass, key_mean, value_mean, (share @ covariance.flatten(2)).unflatten(2, covariance.shape[2:])
+    return (
+        log_mass,
+        key_mean,
+        value_mean,
+        matmul(share, covariance.flatten(2)).unflatten(2, covariance.shape[2:]),
+    )
 
 
 def _covariance(values: torch.Tensor, keys: torch.Tensor, filled: torch.Tensor) -> torch.Tensor:
@@ -122,7 +128,7 @@ def _covariance(values: torch.Tensor, keys: torch.Tensor, filled: torch.Tensor) 
         (members - members.sum(2, keepdim=True) / count).masked_fill(~filled[..., None], 0)
         for members in (values, keys)
     )
-    return values.transpose(-1, -2) @ keys / count
+    return matmul(values.transpose(-1, -2), keys) / count
 
 
 def _query_centroids(

@@ -6,6 +6,7 @@ matrix of its group" becomes one batched matrix product over tiles.
 """
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding_bag
 
 # A tile of items meets one matrix: small tiles leave few slots empty, large ones make better products.
@@ -122,6 +123,7 @@ class _Pack(torch.autograd.Function):
         return packing.to_slots(rows, repeat)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return ctx.packing.to_rows(grad.flatten(0, 1), ctx.repeat), None, None
 
@@ -135,6 +137,7 @@ class _Unpack(torch.autograd.Function):
         return packing.to_rows(slots.flatten(0, 1), repeat=1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         return ctx.packing.to_slots(grad, repeat=1), None
 

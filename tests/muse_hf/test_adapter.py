@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoConfig, DataCollatorWithFlattening, DynamicCache
 
-from muse_hf import MuseConfig, UnsupportedError, adapter, patch_model, unpatch_model
+from muse_hf import MuseConfig, UnsupportedError, adapter, muse_attention, patch_model, unpatch_model
 from tests.models import (
     CAUSAL_FAMILIES,
     EVERYTHING,
@@ -441,3 +441,27 @@ def test_gradients_with_everything_retrieved_are_those_of_exact_attention(family
         assert_same(
             gradients[1][name], gradient, f"gradient of {name}", atol=1e-5 * gradient.abs().max() + 1e-9
         )
+
+
+def test_packed_documents_in_a_compiled_model():
+    model = muse_model("llama", num_hidden_layers=1)
+    packed, _ = pack([tokens(LONG, seed=1), tokens(MEDIUM, seed=2)])
+    expected = output_of(model, **packed, use_cache=False)
+    compiled = torch.compile(model, backend="aot_eager")
+    assert_same(output_of(compiled, **packed, use_cache=False), expected, "compiled")
+
+
+@pytest.mark.parametrize("config", [MUSE, MuseConfig.paper(local_block=LOCAL_BLOCK, num_clusters=4)])
+def test_backward_under_autocast_keeps_to_float32(config):
+    """PyTorch advises against it, but people do it; the sums of the reference must not lose precision."""
+    inputs = [torch.randn(1, 2, LONG, 8) for _ in range(3)]
+
+    def gradients(under_autocast: bool) -> list[torch.Tensor]:
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        output = muse_attention(*leaves, is_causal=True, config=config)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=under_autocast):
+            output.square().sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    for inside, outside in zip(gradients(True), gradients(False)):
+        assert_same(inside, outside, "a gradient", atol=1e-5)

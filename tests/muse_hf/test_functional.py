@@ -1,5 +1,7 @@
 """muse_attention: agreement with exact attention, dtypes, autocast, segments and bad input."""
 
+import math
+
 import pytest
 import torch
 
@@ -117,6 +119,12 @@ def test_nan_in_queries_and_keys_never_crashes(name):
         ({"value": torch.zeros(2, 2, 69, 8).double()}, ValueError, "must have the same shape"),
         ({"query": torch.zeros(2, 4, 0, 8).double()}, ValueError, "query is empty"),
         ({"segments": Segments((2, 60), [0], [0], [60])}, ValueError, r"segments are for a batch of shape"),
+        ({"config": {"num_retrieved": 4}}, TypeError, "config must be a MuseConfig, got dict"),
+        ({"segments": [1]}, TypeError, "segments must be a muse_hf.Segments, got list"),
+        ({"is_causal": None}, TypeError, "is_causal must be True or False, got None"),
+        ({"scale": "x"}, TypeError, "scale must be a number, got 'x'"),
+        ({"scale": math.nan}, ValueError, "scale must be finite, got nan"),
+        ({"query": torch.zeros(2, 4, 70, 8, device="meta")}, ValueError, "query is on the meta device"),
         ({"config": MuseConfig(backend="triton")}, NotImplementedError, "no Triton kernels"),
     ],
 )
@@ -131,3 +139,21 @@ def test_different_lengths_in_acausal_attention():
     everything = SMALL.replace(num_retrieved=1000)
     output = muse_attention(query, key, value, is_causal=False, config=everything)
     torch.testing.assert_close(output, exact_attention(query, key, value, is_causal=False))
+
+
+def test_second_derivatives_are_refused():
+    """They would miss what the choice of clusters and the merged logsumexp hide."""
+    query, key, value = (tensor.requires_grad_() for tensor in qkv())
+    output = muse_attention(query, key, value, is_causal=True, config=SMALL)
+    (grad,) = torch.autograd.grad(output.square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_rows_without_any_token_give_zeros():
+    query, key, value = (tensor.to(torch.float16) for tensor in qkv())
+    nothing = Segments((2, 70), [], [], [])
+    output, lse = muse_attention(query, key, value, is_causal=True, segments=nothing, return_lse=True)
+    assert not output.any()
+    assert not lse.any()
+    assert (output.dtype, lse.dtype) == (torch.float16, torch.float32)

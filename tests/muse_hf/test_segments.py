@@ -67,3 +67,10 @@ def test_map_segments_puts_results_back_where_they_belong():
     assert torch.equal(scaled, expected)
     scaled.sum().backward()
     assert query.grad[0, 0, :, 0].tolist() == [4, 4, 4, 4, 2, 2, 0]
+
+
+def test_columns_of_unequal_length_or_type_are_refused():
+    with pytest.raises(ValueError, match=r"must be of equal length, got \[2, 1, 1\]"):
+        Segments((2, 70), [0, 1], [0], [5])
+    with pytest.raises(TypeError, match="must be integers"):
+        Segments((2, 70), [0], [0.0], [5])

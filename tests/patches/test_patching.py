@@ -166,13 +166,13 @@ def test_the_report_prints_what_was_done():
     special = {"num_clusters": 8, "summaries": "tilted", "multipole": "dipole", "num_retrieved": 0}
     report = patch_model(model, layers={0: {}, -1: special}, config=config)
     assert str(report).splitlines() == [
-        "LlamaForCausalLM: MuSe attention in 2 of 3 layers (before: 'eager' in all)",
+        "LlamaForCausalLM: MuSe attention in 2 of 3 layers (unpatch_model restores 'eager')",
         "  layer 0: dyadic blocks from 256 tokens, clusters of 32 keys, plain summaries, monopole, "
         "4 retrieved",
         "  layer 2: dyadic blocks from 256 tokens, 8 clusters a block, tilted summaries, dipole, 0 retrieved",
     ]
     assert str(patch_model(model, layers=[])) == (
-        "LlamaForCausalLM: MuSe attention in 0 of 3 layers (before: 'eager' in all)"
+        "LlamaForCausalLM: MuSe attention in 0 of 3 layers (unpatch_model restores 'eager')"
     )
 
 
@@ -264,3 +264,24 @@ def test_moving_and_casting_before_and_after_are_the_same(family, target):
     assert found.dtype == before.dtype
     assert_same(found, output_of(after, tokens(LONG)), f".to({target}) before and after patching", atol=0)
     assert_different(found, exact, "MuSe from exact attention", least=0.1)
+
+
+def test_models_built_from_one_config_are_patched_one_by_one():
+    config = tiny_model("llama").config
+    first, second = (type(tiny_model("llama"))(config).double().eval() for _ in range(2))
+    second.load_state_dict(first.state_dict())
+    expected = output_of(second, tokens(LONG))
+    patch_model(first, config=MUSE)
+    assert_same(output_of(second, tokens(LONG)), expected, "the model that was not patched", atol=0)
+    assert_different(output_of(first, tokens(LONG)), expected, "the patched model")
+
+
+def test_the_attention_in_force_is_the_one_that_is_saved(tmp_path):
+    model = tiny_model("llama")
+    patch_model(model, config=MUSE)
+    for name in ("sdpa", "muse"):
+        model.set_attn_implementation(name)
+        model.save_pretrained(tmp_path / name)
+        reloaded = type(model).from_pretrained(tmp_path / name)
+        assert reloaded.config._attn_implementation == name
+        assert MuseConfig.from_dict(reloaded.config.muse) == MUSE

@@ -1,14 +1,14 @@
 """The Triton backend: all stages of MuSe attention in order, forward and backward."""
 
 import torch
-
-from muse_hf.config import MuseConfig
 from muse_hf.kernels.clustering import Clusters, cluster_keys
 from muse_hf.kernels.layout import whole_rows
 from muse_hf.kernels.local import Saved, local_backward, local_forward
 from muse_hf.kernels.refinement import output_delta, query_backward, refine, summary_backward
 from muse_hf.kernels.retrieval import Items, retrieve, retrieve_backward, sort_items
 from muse_hf.kernels.selection import select
+
+from muse_hf.config import MuseConfig
 
 
 def triton_attention(

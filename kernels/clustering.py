@@ -258,7 +258,8 @@ def cluster_keys(
         _padded(heads, blocks * num_clusters, head_dim, dtype=key.dtype, device=device) for _ in range(2)
     )
     _collect_kernel[(blocks, num_clusters, heads)](
-        key, value, key_start, label, members, count, log_mass, key_mean, value_mean, *strides, *value.stride()[:3],
+        key, value, key_start, label, members, count, log_mass, key_mean, value_mean,
+        *strides, *value.stride()[:3],
         length, size, num_clusters, capacity,
         **dims, BLOCK_N=min(1024, power_of_two(size)), BLOCK_M=power_of_two(capacity),
     )  # fmt: skip

@@ -2,8 +2,8 @@
 
 A batch is a list of sequences, each inside one row. Every sequence is cut into blocks of `local_block` tokens
 from its own first token. All its blocks but the last are *key blocks*, clustered into C clusters each, which
-the later blocks of the same sequence see as summaries. Clusters are numbered over all key blocks of the batch,
-so that those seen by one block of queries are consecutive.
+later blocks of the same sequence see as summaries. Clusters are numbered over all key blocks of the batch, so
+that those seen by one block of queries are consecutive.
 
 Token ids count over the whole batch: token t of row b is b * N + t.
 """
@@ -24,7 +24,7 @@ class SummaryTiles(NamedTuple):
 
     Attributes:
         first, end: (T,) clusters [first, end) of each tile.
-        query_start, query_end: (T,) token ids [start, end) of the queries after the block of its first cluster.
+        query_start, query_end: (T,) token ids of the queries after the block of its first cluster.
         sequence_first: (T,) first cluster of its sequence.
     """
 

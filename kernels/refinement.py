@@ -8,7 +8,6 @@ of the summaries. Both recompute the weights from the merged logsumexp.
 import torch
 import triton
 import triton.language as tl
-
 from muse_hf.kernels.clustering import Clusters
 from muse_hf.kernels.common import load_rows, power_of_two, store_rows
 from muse_hf.kernels.layout import SUMMARY_TILE, Layout
@@ -124,8 +123,8 @@ def _query_backward_kernel(
 
 @triton.jit
 def _summary_backward_kernel(
-    query, key_mean, value_mean, log_mass, tile_first, tile_end, query_start, query_end, sequence_first, chosen,
-    grad, lse, delta, part_key_mean, part_value_mean,
+    query, key_mean, value_mean, log_mass, tile_first, tile_end, query_start, query_end, sequence_first,
+    chosen, grad, lse, delta, part_key_mean, part_value_mean,
     stride_qb, stride_qh, stride_qn, stride_ob, stride_oh, stride_on,
     length, num_tokens, num_clusters, num_heads, num_splits, scale, block_size, clusters_per_block,
     GROUP_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -206,7 +205,8 @@ def refine(
     strides = [s for tensor in (query, local, output) for s in tensor.stride()[:3]]
     _forward_kernel[_query_grid(query, layout, block, _FORWARD["BLOCK_Q"])](
         query, clusters.key_mean, clusters.value_mean, clusters.log_mass, *_query_blocks(layout), chosen,
-        local, local_lse, output, lse, *strides, *_sizes(query, clusters), scale, **_tiles(query, clusters, chosen), **_FORWARD,
+        local, local_lse, output, lse, *strides, *_sizes(query, clusters), scale,
+        **_tiles(query, clusters, chosen), **_FORWARD,
     )  # fmt: skip
 
 
@@ -218,7 +218,8 @@ def query_backward(
     strides = [s for tensor in (query, grad, grad_query) for s in tensor.stride()[:3]]
     _query_backward_kernel[_query_grid(query, layout, block, _QUERY_BACKWARD["BLOCK_Q"])](
         query, clusters.key_mean, clusters.value_mean, clusters.log_mass, *_query_blocks(layout), chosen,
-        grad, lse, delta, grad_query, *strides, *_sizes(query, clusters), scale, **_tiles(query, clusters, chosen), **_QUERY_BACKWARD,
+        grad, lse, delta, grad_query, *strides, *_sizes(query, clusters), scale,
+        **_tiles(query, clusters, chosen), **_QUERY_BACKWARD,
     )  # fmt: skip
 
 

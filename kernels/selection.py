@@ -10,7 +10,6 @@ from functools import partial
 import torch
 import triton
 import triton.language as tl
-
 from muse_hf.kernels.common import largest, load_rows, power_of_two, rank_keys
 from muse_hf.kernels.layout import Layout
 

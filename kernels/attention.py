@@ -6,9 +6,30 @@ from muse_hf.kernels.layout import whole_rows
 from muse_hf.kernels.local import Saved, local_backward, local_forward
 from muse_hf.kernels.refinement import output_delta, query_backward, refine, summary_backward
 from muse_hf.kernels.retrieval import Items, retrieve, retrieve_backward, sort_items
-from muse_hf.kernels.selection import select
+from muse_hf.kernels.selection import select, selection_limit
+from triton import knobs
 
 from muse_hf.config import MuseConfig
+
+_LARGEST_HEAD_DIM = 256
+
+
+def reason_against(query: torch.Tensor, key: torch.Tensor, is_causal: bool, config: MuseConfig) -> str | None:
+    """Why these kernels cannot serve a call, or None if they can. Shapes as in `triton_attention`."""
+    if not query.is_cuda and not knobs.runtime.interpret:
+        return f"they need a CUDA device, the inputs are on {query.device.type!r}"
+    if query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
+        return "they need compute capability 8.0 or newer"
+    if query.dtype == torch.float64:
+        return "they do not compute in float64"
+    if query.shape[3] > _LARGEST_HEAD_DIM:
+        return f"head_dim {query.shape[3]} is larger than {_LARGEST_HEAD_DIM}"
+    if not is_causal or config.summaries != "plain" or config.hierarchy != "flat" or not config.num_retrieved:
+        return 'they serve causal attention with summaries="plain", hierarchy="flat" and retrieval so far'
+    blocks = -(-key.shape[2] // config.local_block)
+    if blocks < 2:
+        return "sequences no longer than local_block are exact attention"
+    return selection_limit((blocks - 1) * config.clusters_for(config.local_block), config.num_retrieved)
 
 
 def triton_attention(
@@ -17,12 +38,13 @@ def triton_attention(
     """Causal MuSe attention of whole rows, plain summaries and flat hierarchy.
 
     Args:
-        query: (B, H, N, D). key, value: (B, Hkv, N, D).
+        query: (B, H, N, D) float16, bfloat16 or float32. key, value: (B, Hkv, N, D).
 
     Returns:
         Output (B, H, N, D) and logsumexp (B, H, N) float32.
     """
-    return _Attend.apply(query, key, value, scale, config)
+    tensors = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
+    return _Attend.apply(*tensors, scale, config)
 
 
 class _Attend(torch.autograd.Function):

@@ -232,7 +232,8 @@ def summary_backward(
     groups = query.shape[1] // kv_heads
     tiles = layout.summary_tiles
     num_tiles = tiles.first.shape[0]
-    splits = triton.cdiv(_PROGRAMS, num_tiles * query.shape[1])
+    shares = triton.cdiv(query.shape[2], _SUMMARY_BACKWARD["BLOCK_Q"])  # of a row's queries, at most
+    splits = min(shares, triton.cdiv(_PROGRAMS, num_tiles * query.shape[1]))
     parts = torch.empty(
         2, groups * splits, kv_heads, num_clusters, head_dim, dtype=torch.float32, device=query.device
     )

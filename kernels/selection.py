@@ -165,12 +165,17 @@ def _clusters_kernel(
     tl.store(list_at + place, tl.reshape(cluster, [BLOCK_Q, BLOCK_R * G]), mask=taken)
 
 
-def _group_size(max_seen: int, num_retrieved: int) -> int:
+def selection_limit(max_seen: int, num_retrieved: int) -> str | None:
+    """Why queries cannot select from so many clusters, or None if they can."""
+    if _group_size(max_seen, num_retrieved) is None:
+        return f"{max_seen} clusters are more than a query can select {num_retrieved} from"
+    return None
+
+
+def _group_size(max_seen: int, num_retrieved: int) -> int | None:
     """Clusters in a group: as few as give at most 256 groups whose rank fits into a word of as many bits."""
-    for size in (8, 16, 32):
-        if max_seen <= size * _MOST_GROUPS and num_retrieved < 1 << size:
-            return size
-    raise ValueError(f"{max_seen} clusters are more than a query can select from")
+    sizes = (size for size in _WORDS if max_seen <= size * _MOST_GROUPS and num_retrieved < 1 << size)
+    return next(sizes, None)
 
 
 def select(

@@ -48,17 +48,17 @@ def muse_attention(
     Raises:
         TypeError: An input is not a tensor of a supported dtype, or dtypes differ outside autocast.
         ValueError: Shapes, devices or segments do not fit together.
-        NotImplementedError: The backend asked for is not there.
+        NotImplementedError: `backend="triton"` was asked for and the kernels cannot serve the call.
     """
     config = MuseConfig() if config is None else check_config(config)
     query, key, value = _checked(query, key, value, is_causal, scale, segments)
-    if config.backend == "triton":
-        raise NotImplementedError(
-            'MuseConfig.backend="triton": this version has no Triton kernels yet; use "auto" or "reference"'
-        )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor):
+        if _use_triton(query, key, is_causal, config):
+            from muse_hf.kernels.attention import triton_attention
+
+            return triton_attention(query, key, value, scale=scale, config=config)
         return _reference(query, key, value, is_causal, scale, config)
 
     if segments is None:
@@ -95,6 +95,23 @@ def exact_attention(
     if segments is None:
         return attend(query, key, value)[0]
     return map_segments(attend, query, key, value, segments)[0]
+
+
+def _use_triton(query: torch.Tensor, key: torch.Tensor, is_causal: bool, config: MuseConfig) -> bool:
+    """Whether the Triton kernels serve a call, by the backend that is asked for and what they can do."""
+    if config.backend == "reference" or (config.backend == "auto" and not query.is_cuda):
+        return False
+    try:  # Triton is there on Linux only, and only needed here
+        from muse_hf.kernels.attention import reason_against
+
+        reason = reason_against(query, key, is_causal, config)
+    except ImportError as error:
+        reason = str(error)
+    if reason and config.backend == "triton":
+        raise NotImplementedError(
+            f'MuseConfig.backend="triton" cannot be obeyed: {reason}; use "auto" or "reference"'
+        )
+    return reason is None
 
 
 def _reference(

@@ -63,6 +63,9 @@ def text_files(paths: Sequence[str], pattern: str) -> list[Path]:
             found.add(path)
         else:
             raise UsageError(f"there is no file or folder {str(path)!r}.")
+    if not found:
+        folders = ", ".join(map(repr, paths))
+        raise UsageError(f"there is no file in {folders} that matches --file_pattern {pattern!r}.")
     return sorted(found)
 
 
@@ -110,13 +113,19 @@ def named_corpus(
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_characters: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE of at most `vocab_size` tokens from about the first `max_characters` of `texts`."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + 1:
+        raise UsageError(
+            f"--vocab_size {vocab_size} is too small: the bytes and the end-of-text token are "
+            f"{len(alphabet) + 1} tokens already."
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        initial_alphabet=alphabet,
         show_progress=False,
     )
     tokenizer.train_from_iterator(_first_characters(texts, max_characters), trainer)

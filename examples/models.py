@@ -81,6 +81,7 @@ def config_from_checkpoint(checkpoint: str, vocab_size: int, context_length: int
             f"the model {checkpoint!r} has learned {config.n_positions} positions, fewer than a "
             f"--context_length of {context_length}."
         )
+    vars(config).pop("muse", None)  # the setting of a MuSe model; this run's own, if any, comes by `use_muse`
     for field, value in NO_DROPOUT.get(config.model_type, {}).items():
         setattr(config, field, value)
     return config

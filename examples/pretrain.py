@@ -22,8 +22,11 @@ After an interruption: python examples/pretrain.py --resume --output_dir runs/pg
 import dataclasses
 import hashlib
 import logging
+import os
+import shlex
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,27 +80,29 @@ class Job:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the script; returns its exit code."""
+    folder = None
     try:
-        pretrain(parse_arguments(argv, description=__doc__))
+        arguments = parse_arguments(argv, description=__doc__)
+        folder = run_folder(arguments.run)
+        pretrain(arguments, folder)
     except (UsageError, DivergedError) as error:
         print(f"\npretrain.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
-        print(
-            "\npretrain.py: interrupted; go on with --resume --output_dir <folder of the run>.",
-            file=sys.stderr,
-        )
+        way_on = "there is nothing to resume yet"
+        if folder and (folder / "config.json").exists():
+            way_on = f"go on with --resume --output_dir {shlex.quote(str(folder))}"
+        print(f"\npretrain.py: interrupted; {way_on}.", file=sys.stderr)
         return 130
     return 0
 
 
-def pretrain(arguments: Arguments) -> None:
+def pretrain(arguments: Arguments, folder: Path) -> None:
     """Train with each attention that is asked for, then report."""
     run = arguments.run
     transformers.utils.logging.disable_progress_bar()
     # Weights that are saved once because they are tied are no news at every checkpoint.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
-    folder = Path(run.output_dir) if run.resume else new_folder(run.output_dir)
     accelerator = make_accelerator(run, folder)
     job = prepare(arguments, accelerator, folder)
     results = {}
@@ -108,21 +113,35 @@ def pretrain(arguments: Arguments) -> None:
         results[attention] = read_json(result)
     if accelerator.is_main_process:
         plot_losses(folder, run.attentions, folder / "losses.png")
-        summary = summarize(results, folder / "losses.png")
+        summary = summarize(results, "losses.png")
         write_json(folder / "summary.json", summary)
-        print("\n" + summary_text(summary))
+        print("\n" + summary_text(summary, folder, arguments.data.context_length))
     accelerator.end_training()
 
 
+def run_folder(run: RunArguments) -> Path:
+    """The folder of the run, which exists only if the run is resumed, and in which files can be made."""
+    folder = Path(run.output_dir) if run.resume else new_folder(run.output_dir)
+    try:
+        path = folder.absolute()
+        while not path.exists():
+            path = path.parent
+        # Under a name of its own and gone at once: other processes do the same, and later checks may fail.
+        tempfile.TemporaryDirectory(dir=path).cleanup()
+    except OSError as error:
+        raise UsageError(f"nothing can be written to {str(folder)!r} ({error.strerror}).") from error
+    return folder
+
+
 def new_folder(output_dir: str | None) -> Path:
-    """A path where nothing exists yet."""
+    """A path where nothing exists yet, or nothing that may be seen, which `run_folder` finds out."""
     if output_dir is None:
         number, folder = 1, DEFAULT_FOLDER
-        while folder.exists():
+        while os.path.exists(folder):
             number += 1
             folder = DEFAULT_FOLDER.with_name(f"{DEFAULT_FOLDER.name}-{number}")
         return folder
-    if Path(output_dir).exists():
+    if os.path.exists(output_dir):
         raise UsageError(
             f"{output_dir!r} exists already and is not overwritten; choose another --output_dir, or continue "
             "that run with --resume."
@@ -219,7 +238,7 @@ def record_settings(job: Job, accelerator: Accelerator) -> None:
             ("mixed_precision", "the mixed precision"),
             ("held_out_sha256", "the text"),
         ):
-            if settings[name] != saved[name]:
+            if settings[name] != saved.get(name):
                 raise UsageError(f"the run in {str(job.folder)!r} cannot be resumed: {meaning} has changed.")
         return
     accelerator.wait_for_everyone()  # all processes have looked for a free folder before one creates it
@@ -363,7 +382,7 @@ def save_result(
         "seconds": progress.seconds,
         "seconds_per_step": progress.seconds / progress.step,
         "tokens_per_second": tokens / progress.seconds,
-        "model": str(folder / "model"),
+        "model": f"{folder.name}/model",  # in the folder of the run, which may move
         "sample": sample_text(model, job.tokenizer, job.arguments.run),
     }
     write_json(folder / "result.json", result)

@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -236,7 +238,7 @@ def parse_arguments(argv: list[str] | None, description: str) -> Arguments:
         )
         if unknown:
             raise UsageError(f"there is no argument {unknown[0]!r} (see --help).")
-        return Arguments(*groups)
+        return with_resolved_paths(Arguments(*groups))
 
     arguments = parse()
     if arguments.run.resume:
@@ -245,12 +247,38 @@ def parse_arguments(argv: list[str] | None, description: str) -> Arguments:
         arguments = parse()
         values = arguments.values()
         if changed := sorted({name for name in values if values[name] != saved.get(name)} - FREE_ON_RESUME):
+            path = Path(arguments.run.output_dir, "config.json")
+            instead = other_length(path.parent) if "steps" in changed else ""
             raise UsageError(
                 f"a resumed run keeps its arguments, but {', '.join(changed)} would differ from those in "
-                f"{str(Path(arguments.run.output_dir, 'config.json'))!r}."
+                f"{str(path)!r}{instead}."
             )
     check(arguments)
     return arguments
+
+
+def with_resolved_paths(arguments: Arguments) -> Arguments:
+    """The arguments with paths that hold in every folder, so that a run can be resumed from another one."""
+
+    def resolved(name: str | None) -> str | None:
+        return str(Path(name).resolve()) if name and os.path.exists(name) else name
+
+    model, data = arguments.model, arguments.data
+    model = dataclasses.replace(model, checkpoint=resolved(model.checkpoint))
+    data = dataclasses.replace(
+        data,
+        text=data.text and [resolved(path) for path in data.text],
+        dataset_name=resolved(data.dataset_name),
+        tokenizer=resolved(data.tokenizer),
+    )
+    return dataclasses.replace(arguments, model=model, data=data)
+
+
+def other_length(folder: Path) -> str:
+    """What to do instead of resuming the run in a folder with another number of steps."""
+    finished = sorted(path.parent / "model" for path in folder.glob("*/result.json"))
+    start = f", for instance with --checkpoint {str(finished[-1])!r}" if finished else ""
+    return f"; the learning-rate schedule depends on the steps, so a longer run starts anew{start}"
 
 
 def saved_arguments(output_dir: str | None) -> dict[str, Any]:
@@ -258,9 +286,12 @@ def saved_arguments(output_dir: str | None) -> dict[str, Any]:
     if output_dir is None:
         raise UsageError("--resume needs --output_dir, the folder of the run to continue.")
     path = Path(output_dir, "config.json")
-    if not path.exists():
+    if not os.path.exists(path):
         raise UsageError(f"there is nothing to resume in {output_dir!r}: it holds no config.json of a run.")
-    return read_json(path)["arguments"]
+    try:
+        return dict(read_json(path)["arguments"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"the run cannot be resumed: {str(path)!r} does not hold its arguments.") from error
 
 
 def check(arguments: Arguments) -> None:
@@ -269,6 +300,8 @@ def check(arguments: Arguments) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"--{name} {value} is not a finite number.")
         if value < 0 or (value == 0 and name not in MAY_BE_ZERO):
             raise UsageError(f"--{name} {value} is too small.")
     for one, other in (("text", "dataset_name"), ("compare", "attention")):

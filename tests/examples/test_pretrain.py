@@ -34,7 +34,15 @@ from corpus import (  # noqa: E402
     training_windows,
 )
 from models import build_model, model_config, parameter_groups  # noqa: E402
-from pretrain_arguments import ModelArguments  # noqa: E402
+from pretrain_arguments import (  # noqa: E402
+    Arguments,
+    DataArguments,
+    ModelArguments,
+    MuseArguments,
+    RunArguments,
+    with_resolved_paths,
+)
+from report import summarize, summary_text  # noqa: E402
 
 TINY = shlex.split(
     "--num_layers 2 --hidden_size 32 --num_heads 2 --vocab_size 320 --tokenizer_characters 20000 "
@@ -198,8 +206,8 @@ def test_a_run_leaves_all_its_files_and_learns(uninterrupted):
 
 def test_the_saved_model_has_the_held_out_loss_of_the_summary(uninterrupted, corpus):
     result = json.loads(uninterrupted.joinpath("summary.json").read_text())["exact"]
-    model = AutoModelForCausalLM.from_pretrained(result["model"])
-    tokenizer = AutoTokenizer.from_pretrained(result["model"])
+    model = AutoModelForCausalLM.from_pretrained(uninterrupted / result["model"])
+    tokenizer = AutoTokenizer.from_pretrained(uninterrupted / result["model"])
     windows = held_out_windows(corpus, tokenizer, length=64, count=4)[:]["input_ids"]
     with torch.no_grad():
         loss = model(input_ids=windows, labels=windows).loss.item()
@@ -233,7 +241,7 @@ def test_resuming_after_kill_9_gives_the_same_losses(folder, uninterrupted, tmp_
     assert (output / weights).read_bytes() == (uninterrupted / weights).read_bytes(), "the weights differ"
 
 
-def test_streaming_resumes_with_the_same_losses(folder, tmp_path, monkeypatch):
+def test_streaming_resumes_with_the_same_losses(folder, tmp_path, monkeypatch, capsys):
     def arguments(output):
         where = ["--text", folder, "--output_dir", output, "--attention", "exact", *TINY]
         return [*where, *shlex.split("--streaming --shuffle_buffer 8 --steps 24 --checkpoint_every 5")]
@@ -248,6 +256,7 @@ def test_streaming_resumes_with_the_same_losses(folder, tmp_path, monkeypatch):
             pretrain, "held_out_loss", interrupt
         )  # the last step is where the loss is first held out
         assert run(*arguments(tmp_path / "broken")) == 130
+    assert f"go on with --resume --output_dir {tmp_path / 'broken'}." in capsys.readouterr().err
     assert run("--resume", "--output_dir", tmp_path / "broken") == 0
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole"), "the resumed stream has other losses"
 
@@ -256,6 +265,59 @@ def test_a_resumed_run_keeps_its_arguments(uninterrupted, capsys):
     assert run("--resume", "--output_dir", uninterrupted, "--learning_rate", "0.5", "--steps", "7") == 2
     message = capsys.readouterr().err
     assert "learning_rate, steps would differ" in message, message
+    assert f"starts anew, for instance with --checkpoint '{uninterrupted / 'exact/model'}'" in message, (
+        message
+    )
+    assert run("--resume", "--output_dir", uninterrupted, "--learning_rate", "0.5") == 2
+    assert "anew" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content", ['{"arguments": {"st', "[]", '{"model_type": "llama"}', '{"arguments": 1}']
+)
+def test_a_broken_config_is_not_resumed(content, tmp_path, capsys):
+    tmp_path.joinpath("config.json").write_text(content)
+    assert run("--resume", "--output_dir", tmp_path) == 2
+    assert "does not hold its arguments" in capsys.readouterr().err
+
+
+def test_a_moved_run_resumes_from_another_folder(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(folder.parent)
+    where = ["--text", folder.name, "--output_dir", tmp_path / "old", "--attention", "exact", *TINY]
+    assert run(*where, "--steps", 2) == 0
+    (tmp_path / "old").rename(tmp_path / "new")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert run("--resume", "--output_dir", "new") == 0
+    printed = capsys.readouterr().out
+    for part in ("new/exact/model", "new/losses.png"):
+        assert f" {part}\n" in printed, f"{part!r} is not in the printed summary:\n{printed}"
+
+
+def test_names_of_the_hub_stay_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.joinpath("mine").mkdir()
+    model, data = ModelArguments(checkpoint="gpt2"), DataArguments(tokenizer="mine", dataset_name="some/name")
+    arguments = with_resolved_paths(Arguments(model, data, MuseArguments(), RunArguments()))
+    assert (arguments.model.checkpoint, arguments.data.dataset_name) == ("gpt2", "some/name")
+    assert arguments.data.tokenizer == str(tmp_path / "mine")
+
+
+def test_an_interrupt_before_the_run_says_that_nothing_was_begun(folder, tmp_path, monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain, "load_corpus", interrupt)
+    assert run("--text", folder, "--output_dir", tmp_path / "new", *TINY) == 130
+    assert "nothing to resume yet" in capsys.readouterr().err
+
+
+def test_an_impossible_folder_is_refused_before_anything_is_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(pretrain, "load_corpus", lambda data: pytest.fail("the text was read first"))
+    tmp_path.joinpath("file").write_text("")
+    assert run("--output_dir", tmp_path / "file" / "new") == 2
+    assert "nothing can be written to" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "the check left something behind"
 
 
 def test_compare_trains_both_on_the_same_batches(folder, tmp_path, capsys):
@@ -283,6 +345,15 @@ def test_compare_trains_both_on_the_same_batches(folder, tmp_path, capsys):
         assert part in printed, f"{part!r} is not in the printed summary:\n{printed}"
 
 
+@pytest.mark.parametrize(("seconds", "slower"), [(0.5, False), (2.0, True)])
+def test_the_summary_says_when_muse_was_slower(seconds, slower):
+    same = {"held_out_loss": 2.0, "held_out_tokens": 64, "tokens": 128, "tokens_per_second": 128.0}
+    same |= {"model": "", "sample": ""}
+    results = {"exact": same | {"seconds_per_step": 1.0}, "muse": same | {"seconds_per_step": seconds}}
+    printed = summary_text(summarize(results, "losses.png"), Path("run"), context_length=2048)
+    assert ("at 2,048 tokens exact attention is faster" in printed) == slower, printed
+
+
 def test_a_finished_part_of_a_comparison_is_not_trained_again(folder, tmp_path, monkeypatch):
     output = tmp_path / "compare"
     where = ["--text", folder, "--output_dir", output, *TINY, *TINY_MUSE, "--steps", 6]
@@ -307,11 +378,17 @@ def test_a_checkpoint_trains_on_with_muse_in_low_precision(uninterrupted, folder
     how = shlex.split(
         "--steps 5 --learning_rate 1e-5 --num_retrieved 16 --mixed_precision bf16 --gradient_checkpointing"
     )
-    assert run(*where, "--checkpoint", start["model"], *how) == 0
+    assert run(*where, "--checkpoint", uninterrupted / start["model"], *how) == 0
     result = json.loads((tmp_path / "new/summary.json").read_text())["muse"]
     assert result["held_out_loss"] == pytest.approx(start["held_out_loss"], abs=0.05), (
         "the weights were not loaded"
     )
+    patched = tmp_path / "new/muse/model"
+    assert "muse" in json.loads((patched / "config.json").read_text())
+    where = ["--text", folder, "--output_dir", tmp_path / "back", "--attention", "exact", *TINY]
+    assert run(*where, "--checkpoint", patched, "--steps", 1) == 0
+    config = (tmp_path / "back/exact/model/config.json").read_text()
+    assert "muse" not in config, f"the exact model has a setting of MuSe:\n{config}"
 
 
 def test_existing_folder_is_refused_and_untouched(folder, tmp_path, capsys):
@@ -335,7 +412,11 @@ def test_default_folder_is_the_next_free_one(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["--text", "nowhere/at/all"], "there is no file or folder 'nowhere/at/all'"),
-        (["--text", "{empty}"], "no readable text"),
+        (["--text", "{binary}"], "no readable text"),
+        (["--text", "{binary}", "--file_pattern", "*.md"], "binary' that matches --file_pattern '*.md'"),
+        (["--vocab_size", "256"], "--vocab_size 256 is too small: "),
+        (["--learning_rate", "nan"], "--learning_rate nan is not a finite number"),
+        (["--cluster_cap", "inf"], "--cluster_cap inf is not a finite number"),
         (["--context_length", "1000000"], "shorter than one window of 1000000 tokens"),
         (["--held_out_every", "41"], "held-out documents"),
         (["--shape", "bert"], "no shape 'bert': the shapes are llama-tiny"),
@@ -350,9 +431,10 @@ def test_default_folder_is_the_next_free_one(tmp_path, monkeypatch):
     ],
 )
 def test_errors_are_one_sentence(arguments, message, folder, tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "binary").mkdir()
+    (tmp_path / "binary/zero").write_bytes(b"\0")
     text = [] if "--text" in arguments else ["--text", folder]
-    arguments = [argument.format(empty=tmp_path / "empty") for argument in arguments]
+    arguments = [argument.format(binary=tmp_path / "binary") for argument in arguments]
     assert run(*text, *TINY, "--output_dir", tmp_path / "new", *arguments) == 2
     printed = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in printed, printed

@@ -18,9 +18,9 @@ from muse_hf.reference.precision import outside_autocast
 from muse_hf.reference.refinement import refine
 from muse_hf.reference.retrieval import Retrieval
 
-# Entries of the largest temporary, the queries of a block once for every cluster they retrieve. Rows and
-# heads are worked through in parts that keep it this small: less memory, and warm pages on the CPU.
-_ENTRIES = 1 << 22
+# Entries of the largest temporary, the queries of a block once for every cluster they retrieve. A batch for
+# which it would be larger is worked through in parts: on the CPU small enough to stay in warm pages.
+_CPU_ENTRIES, _ENTRIES = 1 << 22, 1 << 28
 
 
 class Chunk(NamedTuple):
@@ -53,7 +53,8 @@ def reference_attention(
     batch, groups, num_queries, head_dim = query.shape
     num_keys, block = key.shape[1], config.local_block
     entries = groups * min(block, num_queries) * head_dim * max(1, config.num_retrieved)
-    if batch > (part := max(1, _ENTRIES // entries)):
+    limit = _CPU_ENTRIES if query.device.type == "cpu" else _ENTRIES
+    if batch > (part := max(1, limit // entries)):
         outputs = [
             reference_attention(q, k, v, is_causal=is_causal, config=config)
             for q, k, v in zip(query.split(part), key.split(part), value.split(part))

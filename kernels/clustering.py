@@ -27,8 +27,10 @@ class Clusters(NamedTuple):
         members: (Hkv, J, m) int32 token ids, -1 where there is none.
         count: (Hkv, J) int32 number of members.
         log_mass: (Hkv, J) float32 log of the count, -inf if empty.
-        key_mean, value_mean: (Hkv, J, D) in the dtype of the keys. All three have PADDING more entries behind
-            the last, so that tiles need no masks to read beyond it.
+        key_mean, value_mean: (Hkv, J, D) in the dtype of the keys.
+        key_variance: (Hkv, J, D) variance of the keys around their mean, bfloat16 for inputs of 16 bits.
+
+    The last four have PADDING more entries behind the last, so that tiles need no masks to read beyond it.
     """
 
     members: torch.Tensor
@@ -36,6 +38,7 @@ class Clusters(NamedTuple):
     log_mass: torch.Tensor
     key_mean: torch.Tensor
     value_mean: torch.Tensor
+    key_variance: torch.Tensor
 
 
 @triton.jit
@@ -167,7 +170,7 @@ def _settle_kernel(label, room, size, num_clusters, BLOCK_N: tl.constexpr, BLOCK
 
 @triton.jit
 def _collect_kernel(
-    key, value, key_start, label, members, count, log_mass, key_mean, value_mean,
+    key, value, key_start, label, members, count, log_mass, key_mean, value_mean, key_variance,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, length, size, num_clusters, capacity,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -194,7 +197,12 @@ def _collect_kernel(
     dims = tl.arange(0, BLOCK_D)
     many = tl.maximum(held, 1).to(tl.float32)
     k = load_rows(key, tokens, filled, head, stride_kb, stride_kh, stride_kn, length, HEAD_DIM, BLOCK_D)
-    tl.store(key_mean + row * HEAD_DIM + dims, tl.sum(k.to(tl.float32), 0) / many, mask=dims < HEAD_DIM)
+    k = k.to(tl.float32)
+    mean = tl.sum(k, 0) / many
+    from_mean = tl.where(filled[:, None], k - mean[None, :], 0)
+    variance = tl.sum(from_mean * from_mean, 0) / many
+    tl.store(key_mean + row * HEAD_DIM + dims, mean, mask=dims < HEAD_DIM)
+    tl.store(key_variance + row * HEAD_DIM + dims, variance, mask=dims < HEAD_DIM)
     v = load_rows(value, tokens, filled, head, stride_vb, stride_vh, stride_vn, length, HEAD_DIM, BLOCK_D)
     tl.store(value_mean + row * HEAD_DIM + dims, tl.sum(v.to(tl.float32), 0) / many, mask=dims < HEAD_DIM)
 
@@ -254,16 +262,18 @@ def cluster_keys(
     members = torch.full((heads, blocks * num_clusters, capacity), -1, dtype=torch.int32, device=device)
     count = torch.empty(heads, blocks * num_clusters, dtype=torch.int32, device=device)
     log_mass = _padded(heads, blocks * num_clusters, dtype=torch.float32, device=device)
-    key_mean, value_mean = (
-        _padded(heads, blocks * num_clusters, head_dim, dtype=key.dtype, device=device) for _ in range(2)
+    spread = torch.float32 if key.dtype == torch.float32 else torch.bfloat16  # float16 would overflow
+    key_mean, value_mean, key_variance = (
+        _padded(heads, blocks * num_clusters, head_dim, dtype=dtype, device=device)
+        for dtype in (key.dtype, key.dtype, spread)
     )
     _collect_kernel[(blocks, num_clusters, heads)](
-        key, value, key_start, label, members, count, log_mass, key_mean, value_mean,
+        key, value, key_start, label, members, count, log_mass, key_mean, value_mean, key_variance,
         *strides, *value.stride()[:3],
         length, size, num_clusters, capacity,
         **dims, BLOCK_N=min(1024, power_of_two(size)), BLOCK_M=power_of_two(capacity),
     )  # fmt: skip
-    return Clusters(members, count, log_mass, key_mean, value_mean)
+    return Clusters(members, count, log_mass, key_mean, value_mean, key_variance)
 
 
 def _padded(heads: int, rows: int, *width: int, **options) -> torch.Tensor:

@@ -10,13 +10,11 @@ Token ids count over the whole batch: token t of row b is b * N + t.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-
-# Clusters in a tile of `SummaryTiles`.
-SUMMARY_TILE = 64
+from muse_hf.kernels.summaries import TILE
 
 
 class SummaryTiles(NamedTuple):
@@ -42,10 +40,10 @@ class Layout:
     Attributes:
         block_start, block_length: (Z,) first token id and number of tokens of each block of queries.
         first_cluster, num_seen: (Z,) first cluster that the block sees, and how many.
-        token_first, token_seen: (B * N,) the same for each token; 0 outside the sequences.
         key_start: (F,) first token id of each key block; all have `local_block` tokens.
-        block_ends: (Z + 1,) 0 and the cumulative lengths of the blocks, for kernels of ragged batches.
+        bounds: (Z' + 1,) where the blocks and the gaps between sequences begin, and the number of tokens.
         summary_tiles: For the gradients of summaries.
+        outside: (B * N,) True at tokens of no sequence, or None if there are none.
         even: Whether the blocks are of `local_block` tokens each and leave none out.
         max_seen: Largest number of clusters seen.
     """
@@ -54,54 +52,62 @@ class Layout:
     block_length: torch.Tensor
     first_cluster: torch.Tensor
     num_seen: torch.Tensor
-    token_first: torch.Tensor
-    token_seen: torch.Tensor
     key_start: torch.Tensor
-    block_ends: torch.Tensor
+    bounds: torch.Tensor
     summary_tiles: SummaryTiles
+    outside: torch.Tensor | None
     even: bool
     max_seen: int
 
+    @property
+    def query_blocks(self) -> tuple[torch.Tensor, ...]:
+        """What kernels over blocks of queries read."""
+        return self.block_start, self.block_length, self.first_cluster, self.num_seen
+
 
 @lru_cache(maxsize=32)
-def whole_rows(batch: int, length: int, block: int, clusters_per_block: int, device: torch.device) -> Layout:
-    """The layout of a batch whose rows are one sequence each."""
-    sequences = [(row * length, length) for row in range(batch)]
-    return layout_of(sequences, batch * length, block, clusters_per_block, device)
-
-
 def layout_of(
-    sequences: list[tuple[int, int]],
+    sequences: tuple[tuple[int, int], ...],
     num_tokens: int,
     block: int,
     clusters_per_block: int,
     device: torch.device,
 ) -> Layout:
-    """The layout of sequences given as (first token id, number of tokens), in a batch of `num_tokens`."""
-    blocks, keys, tiles = [], [], []
+    """The layout of sequences given as (first token id, number of tokens), in a batch of `num_tokens`.
+
+    Cached, for the layers of a model share the layout of a batch. Sequences are in ascending order.
+    """
+    blocks, keys, tiles, bounds = [], [], [], [0]
     for start, length in sequences:
         first = len(keys) * clusters_per_block
+        bounds += range(bounds[-1] + block, start, block)  # a gap is cut into blocks as well
         for number, offset in enumerate(range(0, length, block)):
             blocks.append((start + offset, min(block, length - offset), first, number * clusters_per_block))
+            bounds += [start + offset] * (start + offset > bounds[-1])
         end = first + (len(range(0, length, block)) - 1) * clusters_per_block
-        for cluster in range(first, end, SUMMARY_TILE):
+        for cluster in range(first, end, TILE):
             after = (cluster - first) // clusters_per_block + 1
-            tiles.append(
-                (cluster, min(cluster + SUMMARY_TILE, end), start + after * block, start + length, first)
-            )
+            tiles.append((cluster, min(cluster + TILE, end), start + after * block, start + length, first))
         keys += [start + offset for offset in range(0, length - block, block)]
+        bounds.append(start + length)
+    bounds += range(bounds[-1] + block, num_tokens, block)
+    bounds += [num_tokens] * (num_tokens > bounds[-1])
 
     def columns(rows: list[tuple[int, ...]]) -> torch.Tensor:
         return torch.tensor(rows, dtype=torch.int32).T.contiguous().to(device)
 
-    table = columns(blocks)
-    offset = torch.arange(block, device=device)
-    inside = offset < table[1][:, None]
-    tokens = (table[0][:, None] + offset)[inside]
-    per_token = torch.zeros(2, num_tokens, dtype=torch.int32, device=device)
-    per_token[:, tokens] = table[2:].repeat_interleave(table[1], dim=1)
-    key_start = torch.tensor(keys, dtype=torch.int32).to(device)
-    ends = torch.tensor([0, *accumulate(length for _, length, *_ in blocks)], dtype=torch.int32).to(device)
-    even = len(blocks) * block == num_tokens
-    max_seen = max(seen for *_, seen in blocks)
-    return Layout(*table, *per_token, key_start, ends, SummaryTiles(*columns(tiles)), even, max_seen)
+    outside = None
+    if sum(length for _, length in sequences) < num_tokens:
+        outside = torch.ones(num_tokens, dtype=torch.bool)
+        for start, length in sequences:
+            outside[start : start + length] = False
+        outside = outside.to(device)
+    return Layout(
+        *columns(blocks),
+        key_start=torch.tensor(keys, dtype=torch.int32).to(device),
+        bounds=torch.tensor(bounds, dtype=torch.int32).to(device),
+        summary_tiles=SummaryTiles(*columns(tiles)),
+        outside=outside,
+        even=all(end - start == block for start, end in pairwise(bounds)) and outside is None,
+        max_seen=max(seen for *_, seen in blocks),
+    )

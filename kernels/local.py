@@ -32,7 +32,7 @@ def local_forward(
         lse = lse.squeeze(-1).transpose(0, 1).flatten(1)
         return _from_blocks(output, batch), lse, Saved(*saved)
     if _has_library_kernel(query):
-        ends = layout.block_ends
+        ends = layout.bounds
         rows = (_as_rows(tensor) for tensor in (query, key, value))
         output, lse, *_ = torch.ops.aten._flash_attention_forward(
             *rows, ends, ends, block, block, 0.0, True, False, scale=scale
@@ -62,7 +62,7 @@ def local_backward(
         )
         return tuple(_from_blocks(share, batch) for share in grads)
     if _has_library_kernel(query):
-        ends = layout.block_ends
+        ends = layout.bounds
         rows = (_as_rows(tensor) for tensor in (grad, query, key, value, output))
         state = torch.empty(2, dtype=torch.uint64, device=query.device)  # of the dropout there is none of
         grads = torch.ops.aten._flash_attention_backward(

@@ -199,6 +199,7 @@ def _merge_kernel(
     exists = inside[:, None] & (ranks < num_retrieved)[None, :]
     # Nothing that is loaded below waits for this.
     real = tl.load(choice + row[:, None] * num_retrieved + ranks[None, :], mask=exists, other=-1) >= 0
+    inside &= tl.max(real.to(tl.int32), 1) > 0
     part_lse = tl.load(partial_lse + item, mask=exists, other=0)
     part_lse = tl.where(real, part_lse, -float("inf"))
     old_lse = tl.load(lse + row, mask=inside, other=0)

@@ -54,11 +54,15 @@ def muse_attention(
     query, key, value = _checked(query, key, value, is_causal, scale, segments)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
 
-    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor):
-        if _use_triton(query, key, is_causal, config):
-            from muse_hf.kernels.attention import triton_attention
+    if _use_triton(query, key, is_causal, config, segments):
+        from muse_hf.kernels.attention import triton_attention
 
-            return triton_attention(query, key, value, scale=scale, config=config)
+        output, lse = triton_attention(
+            query, key, value, scale=scale, config=config, sequences=_sequences(query, segments)
+        )
+        return (output, lse) if return_lse else output
+
+    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor):
         return _reference(query, key, value, is_causal, scale, config)
 
     if segments is None:
@@ -97,21 +101,41 @@ def exact_attention(
     return map_segments(attend, query, key, value, segments)[0]
 
 
-def _use_triton(query: torch.Tensor, key: torch.Tensor, is_causal: bool, config: MuseConfig) -> bool:
+def _use_triton(
+    query: torch.Tensor, key: torch.Tensor, is_causal: bool, config: MuseConfig, segments: Segments | None
+) -> bool:
     """Whether the Triton kernels serve a call, by the backend that is asked for and what they can do."""
     if config.backend == "reference" or (config.backend == "auto" and not query.is_cuda):
         return False
-    try:  # Triton is there on Linux only, and only needed here
-        from muse_hf.kernels.attention import reason_against
-
-        reason = reason_against(query, key, is_causal, config)
-    except ImportError as error:
-        reason = str(error)
+    longest = key.shape[2] if segments is None else max(segments.lengths, default=0)
+    if longest <= config.local_block:
+        reason = "sequences no longer than local_block are exact attention"
+    else:
+        reason = _reason_against_triton(query, key, is_causal, config)
     if reason and config.backend == "triton":
         raise NotImplementedError(
             f'MuseConfig.backend="triton" cannot be obeyed: {reason}; use "auto" or "reference"'
         )
     return reason is None
+
+
+def _reason_against_triton(
+    query: torch.Tensor, key: torch.Tensor, is_causal: bool, config: MuseConfig
+) -> str | None:
+    try:  # Triton is there on Linux only, and only needed here
+        from muse_hf.kernels.attention import reason_against
+    except ImportError as error:
+        return str(error)
+    return reason_against(query, key, is_causal, config)
+
+
+def _sequences(query: torch.Tensor, segments: Segments | None) -> tuple[tuple[int, int], ...]:
+    """First token, counted over the whole batch, and length of each sequence, in ascending order."""
+    batch, _, length, _ = query.shape
+    if segments is None:
+        return tuple((row * length, length) for row in range(batch))
+    starts = (row * length + start for row, start in zip(segments.rows, segments.starts))
+    return tuple(sorted(zip(starts, segments.lengths)))
 
 
 def _reference(

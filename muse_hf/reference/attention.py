@@ -6,6 +6,7 @@ the backward pass recomputes what it needs.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from muse_hf.config import MuseConfig
 from muse_hf.reference.blocks import KeyBlocks, build_key_blocks
 from muse_hf.reference.exact import exact_backward, exact_forward
 from muse_hf.reference.precision import outside_autocast
-from muse_hf.reference.refinement import refine
+from muse_hf.reference.refinement import Refinement, refine
 from muse_hf.reference.retrieval import Retrieval
 
 # Entries of the largest temporary, the queries of a block once for every cluster they retrieve. A batch for
@@ -201,10 +202,12 @@ def _far_forward(queries, levels, seen, num_retrieved):
     """Summaries and retrieved clusters as parts for `merge`, and the choice (X, P, r) of the latter."""
     heads = queries.shape[1:3]
     folded = queries.flatten(1, 2)
-    logits, combine = _refine_all(folded, heads[0], _narrow(levels, seen))
+    refined = [refine(folded, heads[0], blocks) for blocks in _narrow(levels, seen)]
+    logits, combine = _join(refined)
     parts, choice = [], None
     if num_retrieved:
-        choice = logits.topk(min(num_retrieved, logits.shape[-1]), sorted=False).indices
+        score = torch.cat([part.spread() for part in refined], dim=-1).add_(logits)
+        choice = score.topk(min(num_retrieved, logits.shape[-1]), sorted=False).indices
         logits.scatter_(-1, choice, -torch.inf)
         parts += [retrieval.forward() for retrieval in _retrievals(folded, choice, levels, seen)]
         choice = choice.to(torch.int32)
@@ -220,7 +223,7 @@ def _far_backward(grad, queries, output, lse, levels, seen, choice, grad_levels)
     leaf = folded.detach().requires_grad_()
     leaves = [_with_gradient(blocks) for blocks in _narrow(levels, seen)]
     with torch.enable_grad():
-        logits, combine = _refine_all(leaf, queries.shape[1], leaves)
+        logits, combine = _join([refine(leaf, queries.shape[1], blocks) for blocks in leaves])
         if choice is not None:
             choice = choice.to(torch.int64)
             logits = logits.scatter(-1, choice, -torch.inf)
@@ -246,16 +249,14 @@ def _retrievals(folded, choice, levels, seen):
         before += (last - first) * levels[level].filled.shape[2]
 
 
-def _refine_all(folded, groups, seen):
+def _join(refined: list[Refinement]) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
     """Logits (X, P, J) on all summaries seen, whatever the size of their blocks, and their combination."""
-    refined = [refine(folded, groups, blocks) for blocks in seen]
-    logits = torch.cat([logits for logits, _ in refined], dim=-1)
-    widths = [logits.shape[-1] for logits, _ in refined]
+    widths = [part.logits.shape[-1] for part in refined]
 
     def combine(weights: torch.Tensor) -> torch.Tensor:
-        return sum(part(share) for share, (_, part) in zip(weights.split(widths, dim=-1), refined))
+        return sum(part.combine(share) for share, part in zip(weights.split(widths, dim=-1), refined))
 
-    return logits, combine
+    return torch.cat([part.logits for part in refined], dim=-1), combine
 
 
 def _levels(tensors: list[torch.Tensor]) -> list[KeyBlocks]:

@@ -4,6 +4,7 @@ Shapes: X batch entries, P queries (those of all G query heads, head by head), n
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
@@ -12,31 +13,43 @@ from muse_hf.reference.clustering import nearest_centroid
 from muse_hf.reference.packing import Packing, tile_size
 
 
-def refine(
-    query: torch.Tensor, groups: int, blocks: KeyBlocks
-) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-    """Logits of queries (X, P, D) on the summaries of some blocks, and how weights on them become values.
+class Refinement(NamedTuple):
+    """What queries (X, P, D) make of J summaries. `logits` and `combine` are differentiable.
+
+    Attributes:
+        logits: (X, P, J) ℓ_qj = L_aj + δ·k̃_aj.
+        combine: From weights (X, P, J) to Σ_j p_qj ṽ_aj with the dipole correction (X, P, D).
+        spread: Gives ½ Σ_d δ_d² Var_d(k) (X, P, J), the second-order term of the logits.
+    """
+
+    logits: torch.Tensor
+    combine: Callable[[torch.Tensor], torch.Tensor]
+    spread: Callable[[], torch.Tensor]
+
+
+def refine(query: torch.Tensor, groups: int, blocks: KeyBlocks) -> Refinement:
+    """Refine the summaries of n blocks of C clusters, J = n * C, for queries (X, P, D).
 
     Args:
         groups: G query heads, each with P / G of the queries.
-
-    Returns:
-        ℓ_qj = L_aj + δ·k̃_aj (X, P, n * C), and the function from weights of that shape to Σ_j p_qj ṽ_aj
-        with the dipole correction (X, P, D). Both are differentiable.
     """
     if blocks.centroids is None:
         return _refine_plain(query, blocks)
     return _refine_tilted(query, groups, blocks)
 
 
-def _refine_plain(query, blocks):
+def _refine_plain(query: torch.Tensor, blocks: KeyBlocks) -> Refinement:
     """One centroid at zero: δ = q, and every query sees the same summaries."""
     log_mass, key_mean, value_mean = (tensor.flatten(1, 3) for tensor in blocks[:3])
+
+    def spread() -> torch.Tensor:
+        return query.square() @ blocks.key_variance.flatten(1, 3).transpose(1, 2) / 2
+
     logits = torch.baddbmm(log_mass[:, None], query, key_mean.transpose(1, 2))
-    return logits, lambda weights: weights @ value_mean
+    return Refinement(logits, lambda weights: weights @ value_mean, spread)
 
 
-def _refine_tilted(query, groups, blocks):
+def _refine_tilted(query: torch.Tensor, groups: int, blocks: KeyBlocks) -> Refinement:
     """Every query expands around its nearest centroid of each block; queries are tiled by centroid."""
     batch, num_queries = query.shape[:2]
     num_blocks, num_centroids, num_clusters = blocks.log_mass.shape[1:]
@@ -50,9 +63,14 @@ def _refine_tilted(query, groups, blocks):
         tile_size(num_queries, num_centroids),
     )
     offset = packing.pack(queries) - packing.group_rows(centroids)[:, :, None]
-    logits = packing.group_rows(log_mass)[:, :, None]
-    logits = packing.unpack(logits + offset @ packing.group_rows(key_mean).transpose(-1, -2))
-    logits = logits.unflatten(0, (batch, num_blocks)).transpose(1, 2).flatten(2)
+
+    def by_query(tiles: torch.Tensor) -> torch.Tensor:
+        rows = packing.unpack(tiles).unflatten(0, (batch, num_blocks))
+        return rows.transpose(1, 2).flatten(2)
+
+    def spread() -> torch.Tensor:
+        variance = packing.group_rows(blocks.key_variance.flatten(0, 1))
+        return by_query(offset.square() @ variance.transpose(-1, -2) / 2)
 
     def combine(weights: torch.Tensor) -> torch.Tensor:
         weights = weights.unflatten(2, (num_blocks, num_clusters)).transpose(1, 2).flatten(0, 1)
@@ -63,7 +81,9 @@ def _refine_tilted(query, groups, blocks):
             values = values + tiles.sum(-1, keepdim=True) * (offset @ tensor.transpose(-1, -2))
         return packing.unpack(values).unflatten(0, (batch, num_blocks)).sum(1)
 
-    return logits, combine
+    logits = packing.group_rows(log_mass)[:, :, None]
+    logits = logits + offset @ packing.group_rows(key_mean).transpose(-1, -2)
+    return Refinement(by_query(logits), combine, spread)
 
 
 def _nearest_own_centroid(queries: torch.Tensor, centroids: torch.Tensor, groups: int) -> torch.Tensor:

@@ -1,0 +1,190 @@
+"""Gradients through plain summaries, given the merged logsumexp λ and Δ: p = exp(ℓ - λ), dℓ = p (do·ṽ - Δ).
+
+One kernel takes a tile of queries and gives their gradients, another takes a tile of clusters and gives those
+of the summaries. Both form the weights again.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from muse_hf.kernels.clustering import Clusters
+from muse_hf.kernels.common import load_rows, power_of_two, store_rows
+from muse_hf.kernels.layout import Layout
+from muse_hf.kernels.summaries import TILE, is_chosen, load_summaries, summary_logits
+
+# Programs that the gradients of summaries are spread over, so that the whole device is busy.
+_PROGRAMS = 2048
+_QUERY_LAUNCH = {"BLOCK_Q": 64, "BLOCK_J": 32, "num_warps": 4, "num_stages": 3}
+_SUMMARY_LAUNCH = {"BLOCK_Q": 64, "BLOCK_J": TILE, "num_warps": 4, "num_stages": 3}
+
+
+@triton.jit
+def _query_backward_kernel(
+    query, key_mean, value_mean, log_mass, block_start, block_length, first_cluster, num_seen, chosen,
+    grad, lse, delta, grad_query,
+    stride_qb, stride_qh, stride_qn, stride_ob, stride_oh, stride_on, stride_gb, stride_gh, stride_gn,
+    length, num_tokens, num_clusters, scale,
+    GROUP_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Adds the gradient of a tile of queries through the summaries to the local one."""
+    tile, head = tl.program_id(0), tl.program_id(1)
+    block = tl.num_programs(2) - 1 - tl.program_id(2)
+    block_rows = tl.load(block_length + block)
+    seen = tl.load(num_seen + block)
+    if (tile * BLOCK_Q < block_rows) & (seen > 0):
+        rows = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
+        inside = rows < block_rows
+        tokens = tl.load(block_start + block) + rows
+        first = tl.load(first_cluster + block)
+        heads_row = (head // GROUP_HEADS).to(tl.int64) * num_clusters + first
+        q = load_rows(query, tokens, inside, head, stride_qb, stride_qh, stride_qn, length, HEAD_DIM, BLOCK_D)
+        do = load_rows(grad, tokens, inside, head, stride_ob, stride_oh, stride_on, length, HEAD_DIM, BLOCK_D)
+        row = head.to(tl.int64) * num_tokens + tokens
+        query_lse = tl.load(lse + row, mask=inside, other=float("inf"))
+        query_delta = tl.load(delta + row, mask=inside, other=0)
+        dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+        for j in range(0, seen, BLOCK_J):
+            clusters = j + tl.arange(0, BLOCK_J)
+            k = load_summaries(key_mean, heads_row + clusters, HEAD_DIM, BLOCK_D)
+            s = summary_logits(q, k, log_mass, heads_row + clusters, clusters < seen, scale)
+            taken = is_chosen(chosen, row, inside, j, WORDS, BLOCK_J)
+            p = tl.where(taken, 0, tl.exp(s - query_lse[:, None]))
+            v = load_summaries(value_mean, heads_row + clusters, HEAD_DIM, BLOCK_D)
+            ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - query_delta[:, None])
+            dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
+        dq = dq * scale + load_rows(
+            grad_query, tokens, inside, head, stride_gb, stride_gh, stride_gn, length, HEAD_DIM, BLOCK_D
+        ).to(tl.float32)
+        store_rows(
+            grad_query, dq, tokens, inside, head, stride_gb, stride_gh, stride_gn, length, HEAD_DIM, BLOCK_D
+        )
+
+
+@triton.jit
+def _summary_backward_kernel(
+    query, key_mean, value_mean, log_mass, tile_first, tile_end, query_start, query_end, sequence_first,
+    chosen, grad, lse, delta, part_key_mean, part_value_mean,
+    stride_qb, stride_qh, stride_qn, stride_ob, stride_oh, stride_on,
+    length, num_tokens, num_clusters, num_heads, num_splits, scale, block_size, clusters_per_block,
+    GROUP_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the summaries of a tile of clusters, from a share of the queries of one query head."""
+    tile, part, kv_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head = kv_head * GROUP_HEADS + part // num_splits
+    first, end = tl.load(tile_first + tile), tl.load(tile_end + tile)
+    local = first - tl.load(sequence_first + tile)
+    start, stop = tl.load(query_start + tile), tl.load(query_end + tile)
+    clusters = first + tl.arange(0, BLOCK_J)
+    exists = clusters < end
+    heads_row = kv_head.to(tl.int64) * num_clusters
+    dims = tl.arange(0, BLOCK_D)
+    at = (heads_row + clusters)[:, None] * HEAD_DIM + dims[None, :]
+    mask = exists[:, None] & (dims < HEAD_DIM)[None, :]
+    k = load_summaries(key_mean, heads_row + clusters, HEAD_DIM, BLOCK_D)
+    v = load_summaries(value_mean, heads_row + clusters, HEAD_DIM, BLOCK_D)
+    # Queries of the block after a cluster's own are the first to see it.
+    own_block = (local + tl.arange(0, BLOCK_J)) // clusters_per_block
+    seen_from = start + (own_block - local // clusters_per_block) * block_size
+    dk = tl.zeros([BLOCK_J, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_J, BLOCK_D], tl.float32)
+    step = BLOCK_Q * num_splits
+    for first_query in range(start + part % num_splits * BLOCK_Q, stop, step):
+        tokens = first_query + tl.arange(0, BLOCK_Q)
+        inside = tokens < stop
+        q = load_rows(query, tokens, inside, head, stride_qb, stride_qh, stride_qn, length, HEAD_DIM, BLOCK_D)
+        do = load_rows(grad, tokens, inside, head, stride_ob, stride_oh, stride_on, length, HEAD_DIM, BLOCK_D)
+        row = head.to(tl.int64) * num_tokens + tokens
+        query_lse = tl.load(lse + row, mask=inside, other=float("inf"))
+        query_delta = tl.load(delta + row, mask=inside, other=0)
+        s = summary_logits(q, k, log_mass, heads_row + clusters, exists, scale)
+        kept = (tokens[:, None] >= seen_from[None, :]) & ~is_chosen(chosen, row, inside, local, WORDS, BLOCK_J)
+        p = tl.where(kept, tl.exp(s - query_lse[:, None]), 0)
+        dv += tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
+        ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - query_delta[:, None])
+        dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision="ieee")
+    at += part.to(tl.int64) * num_heads * num_clusters * HEAD_DIM
+    tl.store(part_key_mean + at, dk * scale, mask=mask)
+    tl.store(part_value_mean + at, dv, mask=mask)
+
+
+@triton.jit
+def _delta_kernel(
+    output, grad, delta, stride_ob, stride_oh, stride_on, stride_gb, stride_gh, stride_gn, length, num_tokens,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """Δ = do·o of a tile of queries."""
+    head = tl.program_id(1)
+    tokens = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    inside = tokens < num_tokens
+    o = load_rows(output, tokens, inside, head, stride_ob, stride_oh, stride_on, length, HEAD_DIM, BLOCK_D)
+    do = load_rows(grad, tokens, inside, head, stride_gb, stride_gh, stride_gn, length, HEAD_DIM, BLOCK_D)
+    total = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    tl.store(delta + head.to(tl.int64) * num_tokens + tokens, total, mask=inside)
+
+
+def output_delta(output: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """Δ = do·o, (H, B * N) float32, of an output and its gradient (B, H, N, D)."""
+    batch, heads, length, head_dim = output.shape
+    num_tokens = batch * length
+    delta = torch.empty(heads, num_tokens, dtype=torch.float32, device=output.device)
+    _delta_kernel[(triton.cdiv(num_tokens, 64), heads)](
+        output, grad, delta, *output.stride()[:3], *grad.stride()[:3], length, num_tokens,
+        HEAD_DIM=head_dim, BLOCK_D=power_of_two(head_dim), BLOCK_Q=64,
+    )  # fmt: skip
+    return delta
+
+
+def query_backward(
+    query: torch.Tensor, clusters: Clusters, layout: Layout, chosen: torch.Tensor, grad: torch.Tensor,
+    lse: torch.Tensor, delta: torch.Tensor, grad_query: torch.Tensor, scale: float, block: int,
+) -> None:  # fmt: skip
+    """Add the gradient through the summaries to the local one in grad_query (B, H, N, D)."""
+    strides = [s for tensor in (query, grad, grad_query) for s in tensor.stride()[:3]]
+    _query_backward_kernel[_query_grid(query, layout, block, _QUERY_LAUNCH["BLOCK_Q"])](
+        query, clusters.key_mean, clusters.value_mean, clusters.log_mass, *layout.query_blocks, chosen,
+        grad, lse, delta, grad_query, *strides, *_sizes(query, clusters), scale,
+        **_tiles(query, clusters, chosen), **_QUERY_LAUNCH,
+    )  # fmt: skip
+
+
+def summary_backward(
+    query: torch.Tensor, clusters: Clusters, layout: Layout, chosen: torch.Tensor, grad: torch.Tensor,
+    lse: torch.Tensor, delta: torch.Tensor, scale: float, block: int, clusters_per_block: int,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients (Hkv, J, D) float32 of the key and value means."""
+    kv_heads, num_clusters, head_dim = clusters.key_mean.shape
+    groups = query.shape[1] // kv_heads
+    tiles = layout.summary_tiles
+    num_tiles = tiles.first.shape[0]
+    shares = triton.cdiv(query.shape[2], _SUMMARY_LAUNCH["BLOCK_Q"])  # of a row's queries, at most
+    splits = min(shares, triton.cdiv(_PROGRAMS, num_tiles * query.shape[1]))
+    parts = torch.empty(
+        2, groups * splits, kv_heads, num_clusters, head_dim, dtype=torch.float32, device=query.device
+    )
+    strides = [s for tensor in (query, grad) for s in tensor.stride()[:3]]
+    _summary_backward_kernel[(num_tiles, groups * splits, kv_heads)](
+        query, clusters.key_mean, clusters.value_mean, clusters.log_mass, *tiles, chosen, grad, lse, delta,
+        *parts, *strides, *_sizes(query, clusters), kv_heads, splits, scale, block, clusters_per_block,
+        **_tiles(query, clusters, chosen), **_SUMMARY_LAUNCH,
+    )  # fmt: skip
+    return tuple(parts.sum(1))
+
+
+def _query_grid(query: torch.Tensor, layout: Layout, block: int, block_q: int) -> tuple[int, int, int]:
+    return triton.cdiv(block, block_q), query.shape[1], layout.block_start.shape[0]
+
+
+def _sizes(query: torch.Tensor, clusters: Clusters) -> tuple[int, int, int]:
+    return query.shape[2], query.shape[0] * query.shape[2], clusters.count.shape[1]
+
+
+def _tiles(query: torch.Tensor, clusters: Clusters, chosen: torch.Tensor) -> dict[str, int]:
+    head_dim = query.shape[3]
+    return {
+        "GROUP_HEADS": query.shape[1] // clusters.count.shape[0],
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": power_of_two(head_dim),
+        "WORDS": chosen.shape[-1],
+    }

@@ -1,8 +1,10 @@
 """Primitives that several kernels share."""
 
+import torch
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
 # Logits this far below the largest of their row are told apart no further when clusters are selected.
 RANGE = tl.constexpr(32.0)
 
@@ -10,6 +12,18 @@ RANGE = tl.constexpr(32.0)
 def power_of_two(number: int, least: int = 16) -> int:
     """The next power of two, and at least what a matrix product needs."""
     return max(least, triton.next_power_of_2(number))
+
+
+def token_strides(*tensors: torch.Tensor) -> tuple[int, ...]:
+    """What `row_offsets` needs to know of tensors (B, H, N, D): three strides each, and `length` for all.
+
+    Where the tokens of all rows lie at equal distances (one row, or rows that follow each other), a batch is
+    addressed as N rows of one token, for which Triton compiles no division.
+    """
+    batch, _, length, _ = tensors[0].shape
+    if batch == 1 or all(t.stride(0) == length * t.stride(2) for t in tensors):
+        return *(s for t in tensors for s in (t.stride(2), t.stride(1), 0)), 1
+    return *(s for t in tensors for s in t.stride()[:3]), length
 
 
 @triton.jit

@@ -9,12 +9,53 @@ import torch
 import triton
 import triton.language as tl
 from muse_hf.kernels.clustering import Clusters
-from muse_hf.kernels.common import load_rows, power_of_two, store_rows
+from muse_hf.kernels.common import LOG2_E, load_rows, power_of_two, store_rows, token_strides
 from muse_hf.kernels.layout import Layout
-from muse_hf.kernels.selection import keep_largest, take_first, threshold_of
-from muse_hf.kernels.summaries import TILE, load_summaries, summary_logits
+from muse_hf.kernels.selection import keep_largest, number_of_bits, take_first, threshold_of
+from muse_hf.kernels.summaries import TILE, load_summaries, rows_at, summary_logits
 
-_LAUNCH = {"BLOCK_Q": 64, "num_warps": 4, "num_stages": 2}
+_LAUNCH = {"BLOCK_Q": 64, "BLOCK_J": 32, "num_warps": 4, "num_stages": 2}
+
+
+@triton.jit
+def _score_of(half_square, spread, s):
+    """The logit to second order (BLOCK_Q, BLOCK_J)."""
+    return tl.dot(half_square, tl.trans(spread), s, input_precision="ieee")
+
+
+@triton.jit
+def _sum_kept(
+    q, half_square, threshold, o, total, top, k_at, v_at, spread_at, mass_at, chosen_at, inside, seen,
+    num_retrieved, scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_J: tl.constexpr,
+    FIRST_ONLY: tl.constexpr,
+):  # fmt: skip
+    """Add all clusters below the threshold to the local part, and write down those that reach it.
+
+    Args:
+        o, total: Numerator (BLOCK_Q, BLOCK_D) and denominator of the local part, relative to 2^top.
+        FIRST_ONLY: Take only the first `num_retrieved` of the clusters that reach the threshold.
+
+    Returns:
+        Numerator, denominator, and how many clusters are missing to `num_retrieved`.
+    """
+    place = tl.arange(0, BLOCK_J)
+    bit = tl.full([BLOCK_J], 1, tl.int32) << place
+    room = tl.zeros(top.shape, tl.int32) + num_retrieved
+    for j in range(0, seen, BLOCK_J):
+        k = load_summaries(k_at + j * HEAD_DIM, HEAD_DIM, BLOCK_D)
+        spread = load_summaries(spread_at + j * HEAD_DIM, HEAD_DIM, BLOCK_D)
+        s = summary_logits(q, k, mass_at + j, j + place < seen, scale)
+        taken = _score_of(half_square, spread, s) >= threshold[:, None]
+        if FIRST_ONLY:
+            taken = take_first(taken, room)
+        word = tl.sum(tl.where(taken, bit[None, :], 0), 1)
+        tl.store(chosen_at + j // 32, word, mask=inside)
+        room -= number_of_bits(word)
+        p = tl.where(taken, 0, tl.exp2(s * LOG2_E - top[:, None]))
+        v = load_summaries(v_at + j * HEAD_DIM, HEAD_DIM, BLOCK_D)
+        o = tl.dot(p.to(v.dtype), v, o, input_precision="ieee")
+        total += tl.sum(p, 1)
+    return o, total, room
 
 
 @triton.jit
@@ -35,57 +76,53 @@ def _forward_kernel(
         inside = rows < block_rows
         seen = tl.load(num_seen + block)
         tokens = tl.load(block_start + block) + rows
-        heads_row = (head // GROUP_HEADS).to(tl.int64) * num_clusters + tl.load(first_cluster + block)
         row = head.to(tl.int64) * num_tokens + tokens
         q = load_rows(query, tokens, inside, head, stride_qb, stride_qh, stride_qn, length, HEAD_DIM, BLOCK_D)
         scaled = q.to(tl.float32) * scale
         half_square = (0.5 * scaled * scaled).to(key_variance.dtype.element_ty)
         place = tl.arange(0, BLOCK_J)
+        clusters = (head // GROUP_HEADS).to(tl.int64) * num_clusters + tl.load(first_cluster + block) + place
+        k_at = rows_at(key_mean, clusters, HEAD_DIM, BLOCK_D)
+        v_at = rows_at(value_mean, clusters, HEAD_DIM, BLOCK_D)
+        spread_at = rows_at(key_variance, clusters, HEAD_DIM, BLOCK_D)
+        mass_at = log_mass + clusters
 
-        largest = tl.full([BLOCK_Q, BLOCK_J], -float("inf"), tl.float32)
-        second, third = largest, largest
+        least = tl.full([BLOCK_Q, BLOCK_J], -float("inf"), tl.float32)
+        largest, kept = least, (least, least, least, least)
         for j in range(0, seen, BLOCK_J):
-            k = load_summaries(key_mean, heads_row + j + place, HEAD_DIM, BLOCK_D)
-            spread = load_summaries(key_variance, heads_row + j + place, HEAD_DIM, BLOCK_D)
-            score = summary_logits(q, k, log_mass, heads_row + j + place, j + place < seen, scale)
-            score = tl.dot(half_square, tl.trans(spread), score, input_precision="ieee")
-            largest, second, third = keep_largest(largest, second, third, score)
-        threshold = threshold_of(largest, second, third, num_retrieved, STEPS)
+            k = load_summaries(k_at + j * HEAD_DIM, HEAD_DIM, BLOCK_D)
+            spread = load_summaries(spread_at + j * HEAD_DIM, HEAD_DIM, BLOCK_D)
+            s = summary_logits(q, k, mass_at + j, j + place < seen, scale)
+            largest = tl.maximum(largest, s)
+            kept = keep_largest(kept, _score_of(half_square, spread, s))
+        threshold = threshold_of(kept, num_retrieved, STEPS)
 
         # The local part starts the sum: every query attends to itself, so its logsumexp is finite.
-        top = tl.load(local_lse + row, mask=inside, other=0)
-        total = tl.full([BLOCK_Q], 1, tl.float32)
-        o = load_rows(
+        local_top = tl.load(local_lse + row, mask=inside, other=0)
+        top = tl.maximum(local_top, tl.max(largest, 1)) * LOG2_E
+        local_total = tl.exp2(local_top * LOG2_E - top)
+        local_o = load_rows(
             local, tokens, inside, head, stride_lb, stride_lh, stride_ln, length, HEAD_DIM, BLOCK_D
         ).to(tl.float32)
-        bit = tl.full([BLOCK_J], 1, tl.int64) << place.to(tl.int64)
-        room = tl.zeros([BLOCK_Q], tl.int32) + num_retrieved
-        for j in range(0, seen, BLOCK_J):
-            k = load_summaries(key_mean, heads_row + j + place, HEAD_DIM, BLOCK_D)
-            spread = load_summaries(key_variance, heads_row + j + place, HEAD_DIM, BLOCK_D)
-            s = summary_logits(q, k, log_mass, heads_row + j + place, j + place < seen, scale)
-            score = tl.dot(half_square, tl.trans(spread), s, input_precision="ieee")
-            taken = (score >= threshold[:, None]) & (score > -float("inf"))
-            many = tl.sum(taken.to(tl.int32), 1)
-            if tl.min(room - many, 0) < 0:
-                taken = take_first(taken, room)
-                many = tl.minimum(many, room)
-            room -= many
-            word = tl.sum(tl.where(taken, bit[None, :], 0), 1)
-            tl.store(chosen + row * WORDS + j // BLOCK_J, word, mask=inside)
-            s = tl.where(taken, -float("inf"), s)
-            new_top = tl.maximum(top, tl.max(s, 1))
-            p = tl.exp(s - new_top[:, None])
-            shrink = tl.exp(top - new_top)
-            v = load_summaries(value_mean, heads_row + j + place, HEAD_DIM, BLOCK_D)
-            o = o * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-            total = total * shrink + tl.sum(p, 1)
-            top = new_top
-        tl.store(lse + row, top + tl.log(total), mask=inside)
-        store_rows(
-            output, o / total[:, None], tokens, inside, head, stride_ob, stride_oh, stride_on, length,
-            HEAD_DIM, BLOCK_D,
+        chosen_at = chosen + row * WORDS
+        o, total, room = _sum_kept(
+            q, half_square, threshold, local_o * local_total[:, None], local_total, top, k_at, v_at,
+            spread_at, mass_at, chosen_at, inside, seen, num_retrieved, scale, HEAD_DIM, BLOCK_D, BLOCK_J,
+            False,
         )  # fmt: skip
+        if tl.min(room, 0) < 0:
+            o, total, room = _sum_kept(
+                q, half_square, threshold, local_o * local_total[:, None], local_total, top, k_at, v_at,
+                spread_at, mass_at, chosen_at, inside, seen, num_retrieved, scale, HEAD_DIM, BLOCK_D, BLOCK_J,
+                True,
+            )  # fmt: skip
+        # Nothing is left of the sum where clusters that are to be retrieved have nearly all the mass.
+        total = tl.maximum(total, 1e-37)
+        o *= (1 / total)[:, None]
+        tl.store(lse + row, (top + tl.log2(total)) / LOG2_E, mask=inside)
+        store_rows(
+            output, o, tokens, inside, head, stride_ob, stride_oh, stride_on, length, HEAD_DIM, BLOCK_D
+        )
 
 
 def refine(
@@ -98,19 +135,18 @@ def refine(
         query, local, output: (B, H, N, D). local_lse, lse: (H, B * N) float32.
 
     Returns:
-        (H, B * N, WORDS) int64, a bit for every cluster that a query sees: set if it is to be retrieved. Words
-        of clusters that a query does not see are not written.
+        (H, B * N, WORDS) int32, a bit for every cluster that a query sees: set if it is to be retrieved.
+        Words of clusters that a query does not see are not written.
     """
     batch, heads, length, head_dim = query.shape
-    num_words = triton.cdiv(layout.max_seen, TILE)
-    chosen = torch.empty(heads, batch * length, num_words, dtype=torch.int64, device=query.device)
-    strides = [s for tensor in (query, local, output) for s in tensor.stride()[:3]]
+    num_words = triton.cdiv(layout.max_seen, TILE) * (TILE // 32)
+    chosen = torch.empty(heads, batch * length, num_words, dtype=torch.int32, device=query.device)
     grid = (triton.cdiv(block, _LAUNCH["BLOCK_Q"]), heads, layout.block_start.shape[0])
     _forward_kernel[grid](
         query, clusters.key_mean, clusters.value_mean, clusters.key_variance, clusters.log_mass,
-        *layout.query_blocks, local, local_lse, output, lse, chosen, *strides, length, batch * length,
-        clusters.count.shape[1], num_retrieved, scale,
+        *layout.query_blocks, local, local_lse, output, lse, chosen, *token_strides(query, local, output),
+        batch * length, clusters.count.shape[1], num_retrieved, scale,
         GROUP_HEADS=heads // clusters.count.shape[0], HEAD_DIM=head_dim, BLOCK_D=power_of_two(head_dim),
-        STEPS=28 if query.dtype == torch.float32 else 16, BLOCK_J=TILE, WORDS=num_words, **_LAUNCH,
+        STEPS=28 if query.dtype == torch.float32 else 16, WORDS=num_words, **_LAUNCH,
     )  # fmt: skip
     return chosen

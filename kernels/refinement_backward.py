@@ -8,9 +8,9 @@ import torch
 import triton
 import triton.language as tl
 from muse_hf.kernels.clustering import Clusters
-from muse_hf.kernels.common import load_rows, power_of_two, store_rows
+from muse_hf.kernels.common import LOG2_E, load_rows, power_of_two, store_rows, token_strides
 from muse_hf.kernels.layout import Layout
-from muse_hf.kernels.summaries import TILE, is_chosen, load_summaries, summary_logits
+from muse_hf.kernels.summaries import TILE, is_chosen, load_summaries, rows_at, summary_logits
 
 # Programs that the gradients of summaries are spread over, so that the whole device is busy.
 _PROGRAMS = 2048
@@ -41,18 +41,20 @@ def _query_backward_kernel(
         q = load_rows(query, tokens, inside, head, stride_qb, stride_qh, stride_qn, length, HEAD_DIM, BLOCK_D)
         do = load_rows(grad, tokens, inside, head, stride_ob, stride_oh, stride_on, length, HEAD_DIM, BLOCK_D)
         row = head.to(tl.int64) * num_tokens + tokens
-        query_lse = tl.load(lse + row, mask=inside, other=float("inf"))
+        query_lse = tl.load(lse + row, mask=inside, other=float("inf")) * LOG2_E
         query_delta = tl.load(delta + row, mask=inside, other=0)
+        place = tl.arange(0, BLOCK_J)
+        k_at = rows_at(key_mean, heads_row + place, HEAD_DIM, BLOCK_D)
+        v_at = rows_at(value_mean, heads_row + place, HEAD_DIM, BLOCK_D)
         dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
         for j in range(0, seen, BLOCK_J):
-            clusters = j + tl.arange(0, BLOCK_J)
-            k = load_summaries(key_mean, heads_row + clusters, HEAD_DIM, BLOCK_D)
-            s = summary_logits(q, k, log_mass, heads_row + clusters, clusters < seen, scale)
+            k = load_summaries(k_at + j * HEAD_DIM, HEAD_DIM, BLOCK_D)
+            s = summary_logits(q, k, log_mass + heads_row + j + place, j + place < seen, scale)
             taken = is_chosen(chosen, row, inside, j, WORDS, BLOCK_J)
-            p = tl.where(taken, 0, tl.exp(s - query_lse[:, None]))
-            v = load_summaries(value_mean, heads_row + clusters, HEAD_DIM, BLOCK_D)
+            p = tl.where(taken, 0, tl.exp2(s * LOG2_E - query_lse[:, None]))
+            v = load_summaries(v_at + j * HEAD_DIM, HEAD_DIM, BLOCK_D)
             ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - query_delta[:, None])
-            dq += tl.dot(ds.to(k.dtype), k, input_precision="ieee")
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
         dq = dq * scale + load_rows(
             grad_query, tokens, inside, head, stride_gb, stride_gh, stride_gn, length, HEAD_DIM, BLOCK_D
         ).to(tl.float32)
@@ -82,8 +84,8 @@ def _summary_backward_kernel(
     dims = tl.arange(0, BLOCK_D)
     at = (heads_row + clusters)[:, None] * HEAD_DIM + dims[None, :]
     mask = exists[:, None] & (dims < HEAD_DIM)[None, :]
-    k = load_summaries(key_mean, heads_row + clusters, HEAD_DIM, BLOCK_D)
-    v = load_summaries(value_mean, heads_row + clusters, HEAD_DIM, BLOCK_D)
+    k = load_summaries(rows_at(key_mean, heads_row + clusters, HEAD_DIM, BLOCK_D), HEAD_DIM, BLOCK_D)
+    v = load_summaries(rows_at(value_mean, heads_row + clusters, HEAD_DIM, BLOCK_D), HEAD_DIM, BLOCK_D)
     # Queries of the block after a cluster's own are the first to see it.
     own_block = (local + tl.arange(0, BLOCK_J)) // clusters_per_block
     seen_from = start + (own_block - local // clusters_per_block) * block_size
@@ -96,14 +98,16 @@ def _summary_backward_kernel(
         q = load_rows(query, tokens, inside, head, stride_qb, stride_qh, stride_qn, length, HEAD_DIM, BLOCK_D)
         do = load_rows(grad, tokens, inside, head, stride_ob, stride_oh, stride_on, length, HEAD_DIM, BLOCK_D)
         row = head.to(tl.int64) * num_tokens + tokens
-        query_lse = tl.load(lse + row, mask=inside, other=float("inf"))
+        query_lse = tl.load(lse + row, mask=inside, other=float("inf")) * LOG2_E
         query_delta = tl.load(delta + row, mask=inside, other=0)
-        s = summary_logits(q, k, log_mass, heads_row + clusters, exists, scale)
-        kept = (tokens[:, None] >= seen_from[None, :]) & ~is_chosen(chosen, row, inside, local, WORDS, BLOCK_J)
-        p = tl.where(kept, tl.exp(s - query_lse[:, None]), 0)
-        dv += tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="ieee")
+        s = summary_logits(q, k, log_mass + heads_row + clusters, exists, scale)
+        kept = (tokens[:, None] >= seen_from[None, :]) & ~is_chosen(
+            chosen, row, inside, local, WORDS, BLOCK_J
+        )
+        p = tl.where(kept, tl.exp2(s * LOG2_E - query_lse[:, None]), 0)
+        dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision="ieee")
         ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - query_delta[:, None])
-        dk += tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision="ieee")
+        dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision="ieee")
     at += part.to(tl.int64) * num_heads * num_clusters * HEAD_DIM
     tl.store(part_key_mean + at, dk * scale, mask=mask)
     tl.store(part_value_mean + at, dv, mask=mask)
@@ -130,7 +134,7 @@ def output_delta(output: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     num_tokens = batch * length
     delta = torch.empty(heads, num_tokens, dtype=torch.float32, device=output.device)
     _delta_kernel[(triton.cdiv(num_tokens, 64), heads)](
-        output, grad, delta, *output.stride()[:3], *grad.stride()[:3], length, num_tokens,
+        output, grad, delta, *token_strides(output, grad), num_tokens,
         HEAD_DIM=head_dim, BLOCK_D=power_of_two(head_dim), BLOCK_Q=64,
     )  # fmt: skip
     return delta
@@ -141,11 +145,10 @@ def query_backward(
     lse: torch.Tensor, delta: torch.Tensor, grad_query: torch.Tensor, scale: float, block: int,
 ) -> None:  # fmt: skip
     """Add the gradient through the summaries to the local one in grad_query (B, H, N, D)."""
-    strides = [s for tensor in (query, grad, grad_query) for s in tensor.stride()[:3]]
     _query_backward_kernel[_query_grid(query, layout, block, _QUERY_LAUNCH["BLOCK_Q"])](
         query, clusters.key_mean, clusters.value_mean, clusters.log_mass, *layout.query_blocks, chosen,
-        grad, lse, delta, grad_query, *strides, *_sizes(query, clusters), scale,
-        **_tiles(query, clusters, chosen), **_QUERY_LAUNCH,
+        grad, lse, delta, grad_query, *token_strides(query, grad, grad_query), *_sizes(query, clusters),
+        scale, **_tiles(query, clusters, chosen), **_QUERY_LAUNCH,
     )  # fmt: skip
 
 
@@ -163,11 +166,10 @@ def summary_backward(
     parts = torch.empty(
         2, groups * splits, kv_heads, num_clusters, head_dim, dtype=torch.float32, device=query.device
     )
-    strides = [s for tensor in (query, grad) for s in tensor.stride()[:3]]
     _summary_backward_kernel[(num_tiles, groups * splits, kv_heads)](
         query, clusters.key_mean, clusters.value_mean, clusters.log_mass, *tiles, chosen, grad, lse, delta,
-        *parts, *strides, *_sizes(query, clusters), kv_heads, splits, scale, block, clusters_per_block,
-        **_tiles(query, clusters, chosen), **_SUMMARY_LAUNCH,
+        *parts, *token_strides(query, grad), *_sizes(query, clusters), kv_heads, splits, scale, block,
+        clusters_per_block, **_tiles(query, clusters, chosen), **_SUMMARY_LAUNCH,
     )  # fmt: skip
     return tuple(parts.sum(1))
 
@@ -176,8 +178,8 @@ def _query_grid(query: torch.Tensor, layout: Layout, block: int, block_q: int) -
     return triton.cdiv(block, block_q), query.shape[1], layout.block_start.shape[0]
 
 
-def _sizes(query: torch.Tensor, clusters: Clusters) -> tuple[int, int, int]:
-    return query.shape[2], query.shape[0] * query.shape[2], clusters.count.shape[1]
+def _sizes(query: torch.Tensor, clusters: Clusters) -> tuple[int, int]:
+    return query.shape[0] * query.shape[2], clusters.count.shape[1]
 
 
 def _tiles(query: torch.Tensor, clusters: Clusters, chosen: torch.Tensor) -> dict[str, int]:

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from muse_hf.kernels.clustering import Clusters
-from muse_hf.kernels.common import load_rows, power_of_two, row_offsets, store_rows
+from muse_hf.kernels.common import LOG2_E, load_rows, power_of_two, row_offsets, store_rows, token_strides
 
 # Partial outputs that exist at once. Key/value heads are worked through in parts of this size.
 _PARTIAL_BYTES = 1 << 30
@@ -48,11 +48,13 @@ def sort_items(choice: torch.Tensor, num_clusters: int) -> Items:
 
 @triton.jit
 def _load_queries(
-    base, item, real, kv_head, num_retrieved, num_tokens, stride_b, stride_h, stride_n, length,
-    GROUP_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    base, item, real, kv_head, num_tokens, stride_b, stride_h, stride_n, length,
+    NUM_RETRIEVED: tl.constexpr, GROUP_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Rows of a tensor (B, H, N, D) for items of a key/value head."""
-    row = item // num_retrieved
+    row = item // NUM_RETRIEVED
+    if GROUP_HEADS == 1:
+        return load_rows(base, row, real, kv_head, stride_b, stride_h, stride_n, length, HEAD_DIM, BLOCK_D)
     heads = kv_head * GROUP_HEADS + row // num_tokens
     return load_rows(
         base, row % num_tokens, real, heads, stride_b, stride_h, stride_n, length, HEAD_DIM, BLOCK_D
@@ -63,7 +65,8 @@ def _load_queries(
 def _retrieve_kernel(
     query, key, value, members, count, order, bounds, partial, partial_lse,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    length, num_tokens, num_clusters, capacity, num_retrieved, first_head, scale,
+    length, num_tokens, num_clusters, capacity, first_head, scale,
+    NUM_RETRIEVED: tl.constexpr,
     GROUP_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_Q: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +76,7 @@ def _retrieve_kernel(
     row = head.to(tl.int64) * num_clusters + cluster
     edges = bounds + head.to(tl.int64) * (num_clusters + 1) + cluster
     start, end = tl.load(edges), tl.load(edges + 1)
-    num_items = num_tokens * GROUP_HEADS * num_retrieved
+    num_items = num_tokens * GROUP_HEADS * NUM_RETRIEVED
     if start + split * BLOCK_Q < end:
         held = tl.load(count + row)
         places = tl.arange(0, BLOCK_M)
@@ -88,17 +91,17 @@ def _retrieve_kernel(
             real = at < end
             item = tl.load(order + head.to(tl.int64) * num_items + at, mask=real, other=0)
             q = _load_queries(
-                query, item, real, head, num_retrieved, num_tokens, stride_qb, stride_qh, stride_qn, length,
-                GROUP_HEADS, HEAD_DIM, BLOCK_D,
+                query, item, real, head, num_tokens, stride_qb, stride_qh, stride_qn, length,
+                NUM_RETRIEVED, GROUP_HEADS, HEAD_DIM, BLOCK_D,
             )  # fmt: skip
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E)
             s = tl.where(filled[None, :], s, -float("inf"))
             top = tl.max(s, 1)
-            p = tl.exp(s - top[:, None])
+            p = tl.exp2(s - top[:, None])
             total = tl.sum(p, 1)
-            o = tl.dot(p.to(v.dtype), v, input_precision="ieee") / total[:, None]
+            o = tl.dot(p.to(v.dtype), v, input_precision="ieee") * (1 / total)[:, None]
             to = first_item + item
-            tl.store(partial_lse + to, top + tl.log(total), mask=real)
+            tl.store(partial_lse + to, (top + tl.log2(total)) / LOG2_E, mask=real)
             tl.store(
                 partial + to[:, None] * HEAD_DIM + dims[None, :],
                 o,
@@ -112,7 +115,8 @@ def _retrieve_backward_kernel(
     grad_key_mean, grad_value_mean, partial, grad_key, grad_value,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_gkb, stride_gkh, stride_gkn, stride_gvb, stride_gvh, stride_gvn,
-    length, num_tokens, num_clusters, capacity, num_retrieved, first_head, scale,
+    length, num_tokens, num_clusters, capacity, first_head, scale,
+    NUM_RETRIEVED: tl.constexpr,
     GROUP_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
@@ -126,7 +130,7 @@ def _retrieve_backward_kernel(
     row = head.to(tl.int64) * num_clusters + cluster
     edges = bounds + head.to(tl.int64) * (num_clusters + 1) + cluster
     start, end = tl.load(edges), tl.load(edges + 1)
-    num_items = num_tokens * GROUP_HEADS * num_retrieved
+    num_items = num_tokens * GROUP_HEADS * NUM_RETRIEVED
     held = tl.load(count + row)
     places = tl.arange(0, BLOCK_M)
     filled = places < held
@@ -142,22 +146,22 @@ def _retrieve_backward_kernel(
         real = at < end
         item = tl.load(order + head.to(tl.int64) * num_items + at, mask=real, other=0)
         q = _load_queries(
-            query, item, real, head, num_retrieved, num_tokens, stride_qb, stride_qh, stride_qn, length,
-            GROUP_HEADS, HEAD_DIM, BLOCK_D,
+            query, item, real, head, num_tokens, stride_qb, stride_qh, stride_qn, length,
+            NUM_RETRIEVED, GROUP_HEADS, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
         do = _load_queries(
-            grad, item, real, head, num_retrieved, num_tokens, stride_ob, stride_oh, stride_on, length,
-            GROUP_HEADS, HEAD_DIM, BLOCK_D,
+            grad, item, real, head, num_tokens, stride_ob, stride_oh, stride_on, length,
+            NUM_RETRIEVED, GROUP_HEADS, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
-        query_row = head.to(tl.int64) * GROUP_HEADS * num_tokens + item // num_retrieved
-        query_lse = tl.load(lse + query_row, mask=real, other=float("inf"))
+        query_row = head.to(tl.int64) * GROUP_HEADS * num_tokens + item // NUM_RETRIEVED
+        query_lse = tl.load(lse + query_row, mask=real, other=float("inf")) * LOG2_E
         query_delta = tl.load(delta + query_row, mask=real, other=0)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        p = tl.where(filled[None, :], tl.exp(s - query_lse[:, None]), 0)
-        dv += tl.dot(tl.trans(p).to(do.dtype), do, input_precision="ieee")
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E)
+        p = tl.where(filled[None, :], tl.exp2(s - query_lse[:, None]), 0)
+        dv = tl.dot(tl.trans(p).to(do.dtype), do, dv, input_precision="ieee")
         ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - query_delta[:, None])
         ds = ds.to(q.dtype)
-        dk += tl.dot(tl.trans(ds), q, input_precision="ieee")
+        dk = tl.dot(tl.trans(ds), q, dk, input_precision="ieee")
         dq = tl.dot(ds, k, input_precision="ieee") * scale
         tl.store(
             partial + (first_item + item)[:, None] * HEAD_DIM + dims[None, :],
@@ -186,19 +190,19 @@ def _retrieve_backward_kernel(
 @triton.jit
 def _merge_kernel(
     partial, partial_lse, choice, output, lse, stride_b, stride_h, stride_n, length, num_tokens, first_head,
-    num_retrieved,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr,
+    NUM_RETRIEVED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Merge the partial outputs of a few queries into their output and logsumexp, in place."""
     head = first_head + tl.program_id(1)
     tokens = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     inside = tokens < num_tokens
     ranks, dims = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
-    item = (tl.program_id(1).to(tl.int64) * num_tokens + tokens)[:, None] * num_retrieved + ranks[None, :]
+    item = (tl.program_id(1).to(tl.int64) * num_tokens + tokens)[:, None] * NUM_RETRIEVED + ranks[None, :]
     row = head.to(tl.int64) * num_tokens + tokens
-    exists = inside[:, None] & (ranks < num_retrieved)[None, :]
+    exists = inside[:, None] & (ranks < NUM_RETRIEVED)[None, :]
     # Nothing that is loaded below waits for this.
-    real = tl.load(choice + row[:, None] * num_retrieved + ranks[None, :], mask=exists, other=-1) >= 0
+    real = tl.load(choice + row[:, None] * NUM_RETRIEVED + ranks[None, :], mask=exists, other=-1) >= 0
     inside &= tl.max(real.to(tl.int32), 1) > 0
     part_lse = tl.load(partial_lse + item, mask=exists, other=0)
     part_lse = tl.where(real, part_lse, -float("inf"))
@@ -217,26 +221,27 @@ def _merge_kernel(
     total = old_weight + tl.sum(weight, 1)
     tl.store(lse + row, top + tl.log(total), mask=inside)
     store_rows(
-        output, o / total[:, None], tokens, inside, head, stride_b, stride_h, stride_n, length,
+        output, o * (1 / total)[:, None], tokens, inside, head, stride_b, stride_h, stride_n, length,
         HEAD_DIM, BLOCK_D,
     )  # fmt: skip
 
 
 @triton.jit
 def _add_kernel(
-    partial, choice, grad_query, stride_b, stride_h, stride_n, length, num_tokens, first_head, num_retrieved,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_R: tl.constexpr,
+    partial, choice, grad_query, stride_b, stride_h, stride_n, length, num_tokens, first_head,
+    NUM_RETRIEVED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Add the partial gradients of a few queries to what is there."""
     head = first_head + tl.program_id(1)
     tokens = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     inside = tokens < num_tokens
     ranks, dims = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
-    item = (tl.program_id(1).to(tl.int64) * num_tokens + tokens)[:, None] * num_retrieved + ranks[None, :]
+    item = (tl.program_id(1).to(tl.int64) * num_tokens + tokens)[:, None] * NUM_RETRIEVED + ranks[None, :]
     row = head.to(tl.int64) * num_tokens + tokens
-    exists = inside[:, None] & (ranks < num_retrieved)[None, :]
+    exists = inside[:, None] & (ranks < NUM_RETRIEVED)[None, :]
     # Nothing that is loaded below waits for this.
-    real = tl.load(choice + row[:, None] * num_retrieved + ranks[None, :], mask=exists, other=-1) >= 0
+    real = tl.load(choice + row[:, None] * NUM_RETRIEVED + ranks[None, :], mask=exists, other=-1) >= 0
     part = tl.load(
         partial + item[:, :, None] * HEAD_DIM + dims[None, None, :],
         mask=exists[:, :, None] & (dims < HEAD_DIM)[None, None, :],
@@ -257,14 +262,13 @@ def retrieve(
     for kv_heads in _parts(query, key, num_retrieved):
         partial = query.new_empty(len(kv_heads), items.order.shape[1], query.shape[3])
         partial_lse = torch.empty(partial.shape[:2], dtype=torch.float32, device=query.device)
-        strides = [s for tensor in (query, key, value) for s in tensor.stride()[:3]]
         _retrieve_kernel[(clusters.count.shape[1], _SPLITS, len(kv_heads))](
-            query, key, value, clusters.members, clusters.count, *items, partial, partial_lse, *strides,
-            *_sizes(query, clusters), num_retrieved, kv_heads.start, scale, **_tiles(query, key, clusters),
-            SPLIT=_SPLITS, **_FORWARD,
+            query, key, value, clusters.members, clusters.count, *items, partial, partial_lse,
+            *token_strides(query, key, value), *_sizes(query, clusters), kv_heads.start, scale,
+            **_tiles(query, clusters, num_retrieved), SPLIT=_SPLITS, **_FORWARD,
         )  # fmt: skip
         _over_queries(_merge_kernel, query, key, kv_heads, num_retrieved)(
-            partial, partial_lse, choice, output, lse, *output.stride()[:3]
+            partial, partial_lse, choice, output, lse, *token_strides(output)
         )
 
 
@@ -280,16 +284,16 @@ def retrieve_backward(
         grad_means: (Hkv, J, D) float32 gradients of the key and value means, which are passed on to members.
     """
     num_retrieved = choice.shape[2]
-    strides = [s for tensor in (query, key, value, grad, *grads[1:]) for s in tensor.stride()[:3]]
+    strides = token_strides(query, key, value, grad, *grads[1:])
     for kv_heads in _parts(query, key, num_retrieved):
         partial = query.new_empty(len(kv_heads), items.order.shape[1], query.shape[3])
         _retrieve_backward_kernel[(clusters.count.shape[1], len(kv_heads))](
             query, key, value, grad, lse, delta, clusters.members, clusters.count, *items, *grad_means,
-            partial, *grads[1:], *strides, *_sizes(query, clusters), num_retrieved, kv_heads.start, scale,
-            **_tiles(query, key, clusters), **_BACKWARD,
+            partial, *grads[1:], *strides, *_sizes(query, clusters), kv_heads.start, scale,
+            **_tiles(query, clusters, num_retrieved), **_BACKWARD,
         )  # fmt: skip
         _over_queries(_add_kernel, query, key, kv_heads, num_retrieved)(
-            partial, choice, grads[0], *grads[0].stride()[:3]
+            partial, choice, grads[0], *token_strides(grads[0])
         )
 
 
@@ -303,8 +307,9 @@ def _over_queries(kernel, query: torch.Tensor, key: torch.Tensor, kv_heads: rang
 
     def launch(*arguments) -> None:
         kernel[(triton.cdiv(num_tokens, block_q), groups * len(kv_heads))](
-            *arguments, length, num_tokens, groups * kv_heads.start, num_retrieved,
-            HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_Q=block_q, BLOCK_R=block_r, num_warps=4,
+            *arguments, num_tokens, groups * kv_heads.start,
+            NUM_RETRIEVED=num_retrieved, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_Q=block_q, BLOCK_R=block_r,
+            num_warps=4,
         )  # fmt: skip
 
     return launch
@@ -317,14 +322,15 @@ def _parts(query: torch.Tensor, key: torch.Tensor, num_retrieved: int) -> list[r
     return [range(first, min(first + step, key.shape[1])) for first in range(0, key.shape[1], step)]
 
 
-def _sizes(query: torch.Tensor, clusters: Clusters) -> tuple[int, int, int, int]:
-    return query.shape[2], query.shape[0] * query.shape[2], *clusters.members.shape[1:]
+def _sizes(query: torch.Tensor, clusters: Clusters) -> tuple[int, int, int]:
+    return query.shape[0] * query.shape[2], *clusters.members.shape[1:]
 
 
-def _tiles(query: torch.Tensor, key: torch.Tensor, clusters: Clusters) -> dict[str, int]:
+def _tiles(query: torch.Tensor, clusters: Clusters, num_retrieved: int) -> dict[str, int]:
     head_dim = query.shape[3]
     return {
-        "GROUP_HEADS": query.shape[1] // key.shape[1],
+        "NUM_RETRIEVED": num_retrieved,
+        "GROUP_HEADS": query.shape[1] // clusters.count.shape[0],
         "HEAD_DIM": head_dim,
         "BLOCK_D": power_of_two(head_dim),
         "BLOCK_M": power_of_two(clusters.members.shape[2]),

@@ -1,9 +1,9 @@
 """Selection: the r clusters of largest score for every query, in one pass over the summaries.
 
-The score is the logit to second order, ℓ + ½ Σ_d δ_d² Var_d(k). Of all scores that fall on the same place of a
-tile, the three largest are kept. The r-th largest of what is kept is the threshold: it is the r-th largest
-score unless four of the r largest share a place. Then it is a little lower, more clusters than r pass it, and
-the first r of these are taken.
+The score is the logit to second order, ℓ + ½ Σ_d δ_d² Var_d(k). Of all scores that fall on the same place of
+a tile, the four largest are kept. The r-th largest of what is kept is the threshold: it is the r-th largest
+score unless five of the r largest share a place. Then it is a little lower, more clusters than r reach it,
+and the first r of these are taken.
 """
 
 import torch
@@ -20,36 +20,51 @@ _LISTED = 128
 
 
 @triton.jit
-def keep_largest(first, second, third, score):
-    """The three largest of each place, with a new score for each."""
-    below_first = tl.minimum(first, score)
-    below_second = tl.minimum(second, below_first)
-    return tl.maximum(first, score), tl.maximum(second, below_first), tl.maximum(third, below_second)
+def keep_largest(kept, score):
+    """The four largest of each place (a tuple, in descending order), with a new score for each place."""
+    first = tl.minimum(kept[0], score)
+    second = tl.minimum(kept[1], first)
+    third = tl.minimum(kept[2], second)
+    return (
+        tl.maximum(kept[0], score), tl.maximum(kept[1], first),
+        tl.maximum(kept[2], second), tl.maximum(kept[3], third),
+    )  # fmt: skip
 
 
 @triton.jit
-def threshold_of(first, second, third, count, STEPS: tl.constexpr):
+def threshold_of(kept, count, STEPS: tl.constexpr):
     """A value that at least `count` of the scores of a row reach, and few more; or the lowest there is.
 
-    Bisection of the _RANGE below the largest score, in STEPS steps.
+    Bisection in STEPS steps. As many scores as there are places reach the least of the largest.
     """
-    high = tl.max(first, 1)
+    high = tl.max(kept[0], 1)
     low = high - _RANGE
+    if count <= kept[0].shape[1]:
+        low = tl.maximum(low, tl.min(kept[0], 1))
     for _ in range(STEPS):
         middle = 0.5 * (low + high)
-        reached = (first >= middle[:, None]).to(tl.int32)
-        reached += (second >= middle[:, None]).to(tl.int32)
-        reached += (third >= middle[:, None]).to(tl.int32)
+        reached = (kept[0] >= middle[:, None]).to(tl.int32)
+        for i in tl.static_range(1, 4):
+            reached += (kept[i] >= middle[:, None]).to(tl.int32)
         enough = tl.sum(reached, 1) >= count
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
-    return low
+    return tl.maximum(low, -1e30)  # what does not exist is never taken
 
 
 @triton.jit
 def take_first(taken, room):
     """Of what is taken in each row only the first `room`."""
     return taken & (tl.cumsum(taken.to(tl.int32), 1) <= room[:, None])
+
+
+@triton.jit
+def number_of_bits(word):
+    """How many bits of an int32 are set."""
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    return (word * 0x01010101) >> 24
 
 
 @triton.jit
@@ -64,13 +79,13 @@ def _list_kernel(
     row = head.to(tl.int64) * num_tokens + tl.load(block_start + block) + rows
     seen, first = tl.load(num_seen + block), tl.load(first_cluster + block)
     rank = tl.zeros([BLOCK_Q], tl.int32)
-    for w in range(0, (seen + 63) // 64):
+    for w in range(0, (seen + 31) // 32):
         word = tl.load(chosen + row * WORDS + w, mask=inside, other=0)
         while tl.max((word != 0).to(tl.int32), 0) > 0:
             lowest = word & -word
             # A power of two, whose exponent is the number of its bit.
-            bit = ((lowest.to(tl.float64).to(tl.int64, bitcast=True) >> 52) & 0x7FF).to(tl.int32) - 1023
-            tl.store(choice + row * num_retrieved + rank, first + w * 64 + bit, mask=word != 0)
+            bit = ((lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
+            tl.store(choice + row * num_retrieved + rank, first + w * 32 + bit, mask=word != 0)
             rank += (word != 0).to(tl.int32)
             word ^= lowest
 
@@ -79,9 +94,7 @@ def list_choice(chosen: torch.Tensor, layout: Layout, num_retrieved: int, block:
     """The choice (H, B * N, r) int32 from its bits (H, B * N, WORDS): clusters counted over the batch, in
     ascending order, and -1 behind the last."""
     heads, num_tokens, num_words = chosen.shape
-    choice = torch.full(
-        (heads, num_tokens, num_retrieved), -1, dtype=torch.int32, device=chosen.device
-    )
+    choice = torch.full((heads, num_tokens, num_retrieved), -1, dtype=torch.int32, device=chosen.device)
     block_q = min(_LISTED, power_of_two(block))
     _list_kernel[(triton.cdiv(block, block_q), heads, layout.block_start.shape[0])](
         chosen, *layout.query_blocks, choice, num_tokens, num_retrieved, WORDS=num_words, BLOCK_Q=block_q

@@ -100,3 +100,27 @@ def largest(keys, count, BITS: tl.constexpr):
     equal = (keys == threshold) & (keys > 0)
     needed = count - tl.sum(above.to(tl.int32), axis, keep_dims=True)
     return above | (equal & (tl.cumsum(equal.to(tl.int32), axis) <= needed))
+
+
+@triton.jit
+def plane_of(tensor, row, head, stride_b, stride_h):
+    """Where the tokens of a batch row and head begin in a tensor (B, H, N, D)."""
+    return tensor + row.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
+
+
+@triton.jit
+def load_tokens(plane, tokens, mask, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, first=0):
+    """Dimensions first, first + 1, ... of tokens (len(tokens), BLOCK_D), zero where masked and beyond D."""
+    dims = first + tl.arange(0, BLOCK_D)
+    at = plane + tokens.to(tl.int64)[:, None] * stride + dims[None, :]
+    if HEAD_DIM % BLOCK_D == 0:
+        return tl.load(at, mask=mask[:, None], other=0)
+    return tl.load(at, mask=mask[:, None] & (dims < HEAD_DIM)[None, :], other=0)
+
+
+@triton.jit
+def store_tokens(plane, x, tokens, mask, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The opposite of `load_tokens` for all dimensions."""
+    dims = tl.arange(0, BLOCK_D)
+    at = plane + tokens.to(tl.int64)[:, None] * stride + dims[None, :]
+    tl.store(at, x, mask=mask[:, None] & (dims < HEAD_DIM)[None, :])

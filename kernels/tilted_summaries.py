@@ -1,0 +1,459 @@
+"""Tilted summaries: every cluster of keys as every query centroid sees it, and the way back.
+
+Forward, with s_ak = q̄_a·k: L_aj = logsumexp_{k in j} s_ak, the means k̃_aj and ṽ_aj under exp(s_ak - L_aj),
+and for the dipole M_a = Σ_j π_aj Cov_j(v, k) with π_aj = softmax_j L_aj. Backward turns the gradients of
+these into those of keys and values; the weights are made again. Query centroids are constants.
+
+Rows are clusters of keys (j), numbered over all sets, or clusters of queries (a). The pairs of a set are
+numbered a * C + j, and those of gradients that a cluster of keys collects j * A + a.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from muse_hf.kernels.common import load_tokens, plane_of, power_of_two, store_tokens
+from muse_hf.kernels.point_sets import (
+    CAPACITY,
+    CLUSTERS,
+    FIRST_PAIR,
+    FIRST_POINT,
+    FIRST_ROW,
+    FIRST_SLOT,
+    ROW,
+    TARGET,
+    PointSets,
+    set_field,
+)
+
+# Clusters in a tile. Numbers of the matrices of the dipole that one program mixes, or multiplies.
+_TILE, _MIXED, _PART = 64, 128, 1024
+
+
+class Summaries(NamedTuple):
+    """Summaries of all pairs, and of all clusters where there is a dipole.
+
+    Attributes:
+        log_mass: (H, pairs) float32 L, -inf where a cluster is empty.
+        key_mean, value_mean: (H, pairs, D) in the dtype of the keys.
+        covariance: (Hkv, key rows, D, D) of values with keys, or None.
+        means: (2, Hkv, key rows, D) float32 plain means of the keys and of the values, or None.
+        dipole: (H, query rows, D, D) M, or None.
+        log_total: (H, query rows) float32 logsumexp of a row of L, or None.
+    """
+
+    log_mass: torch.Tensor
+    key_mean: torch.Tensor
+    value_mean: torch.Tensor
+    covariance: torch.Tensor | None
+    means: torch.Tensor | None
+    dipole: torch.Tensor | None
+    log_total: torch.Tensor | None
+
+
+class SummaryGradients(NamedTuple):
+    """Gradients of the summaries of all pairs.
+
+    Attributes:
+        key_mean, value_mean: (H, pairs, D) in the dtype of the keys.
+        constant: (H, pairs by cluster of keys) float32 dL - dk̃·k̃ - dṽ·ṽ.
+        dipole: (H, query rows, D, D) in the dtype of the keys, or None.
+        product: (H, query rows) float32 the inner product of M and its gradient, or None.
+    """
+
+    key_mean: torch.Tensor
+    value_mean: torch.Tensor
+    constant: torch.Tensor
+    dipole: torch.Tensor | None
+    product: torch.Tensor | None
+
+
+@triton.jit
+def member_places(table, number, row, members, head, num_slots):
+    """Where the members of a cluster are listed, and what makes a token of a point."""
+    slot = (row - set_field(table, number, FIRST_ROW)) * set_field(table, number, CAPACITY)
+    slots = members + head.to(tl.int64) * num_slots + set_field(table, number, FIRST_SLOT) + slot
+    return slots, set_field(table, number, TARGET) - set_field(table, number, FIRST_POINT)
+
+
+@triton.jit
+def _summarise(
+    keys, values, slots, held, token_of_point, q, exists, pairs, log_mass, key_mean, value_mean,
+    stride_kn, stride_vn, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr,
+):  # fmt: skip
+    """Summaries of one cluster for a tile of query centroids."""
+    top = tl.full([BLOCK_A], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_A], tl.float32)
+    k_mean = tl.zeros([BLOCK_A, BLOCK_D], tl.float32)
+    v_mean = tl.zeros([BLOCK_A, BLOCK_D], tl.float32)
+    for m in range(0, held, BLOCK_M):
+        places = m + tl.arange(0, BLOCK_M)
+        filled = places < held
+        tokens = tl.load(slots + places, mask=filled, other=0) + token_of_point
+        k = load_tokens(keys, tokens, filled, stride_kn, HEAD_DIM, BLOCK_D)
+        v = load_tokens(values, tokens, filled, stride_vn, HEAD_DIM, BLOCK_D)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        s = tl.where(filled[None, :], s, -float("inf"))
+        new_top = tl.maximum(top, tl.max(s, 1))
+        w = tl.exp(s - new_top[:, None])
+        shrink = tl.exp(top - new_top)
+        total = total * shrink + tl.sum(w, 1)
+        w = w.to(k.dtype)
+        k_mean = k_mean * shrink[:, None] + tl.dot(w, k, input_precision="ieee")
+        v_mean = v_mean * shrink[:, None] + tl.dot(w, v, input_precision="ieee")
+        top = new_top
+    inverse = tl.where(held > 0, 1 / total, 0)
+    tl.store(log_mass + pairs, tl.where(held > 0, top + tl.log(total), -float("inf")), mask=exists)
+    store_tokens(key_mean, k_mean * inverse[:, None], pairs, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
+    store_tokens(value_mean, v_mean * inverse[:, None], pairs, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _covary(
+    keys, values, slots, held, token_of_point, first_dim, own_row, covariance, key_means, value_means,
+    stride_kn, stride_vn,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Covariance of BLOCK_E dimensions of the values of one cluster with its keys, and their means."""
+    product = tl.zeros([BLOCK_E, BLOCK_D], tl.float32)
+    k_total = tl.zeros([BLOCK_D], tl.float32)
+    v_total = tl.zeros([BLOCK_E], tl.float32)
+    for m in range(0, held, BLOCK_M):
+        places = m + tl.arange(0, BLOCK_M)
+        filled = places < held
+        tokens = tl.load(slots + places, mask=filled, other=0) + token_of_point
+        k = load_tokens(keys, tokens, filled, stride_kn, HEAD_DIM, BLOCK_D)
+        v = load_tokens(values, tokens, filled, stride_vn, HEAD_DIM, BLOCK_E, first_dim)
+        product += tl.dot(tl.trans(v), k, input_precision="ieee")
+        k_total += tl.sum(k.to(tl.float32), 0)
+        v_total += tl.sum(v.to(tl.float32), 0)
+    many = tl.maximum(held, 1).to(tl.float32)
+    k_mean, v_mean = k_total / many, v_total / many
+    product = product / many - v_mean[:, None] * k_mean[None, :]
+    dims, own_dims = tl.arange(0, BLOCK_D), first_dim + tl.arange(0, BLOCK_E)
+    at = (own_row * HEAD_DIM + own_dims)[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(covariance + at, product, mask=(own_dims < HEAD_DIM)[:, None] & (dims < HEAD_DIM)[None, :])
+    if first_dim == 0:
+        tl.store(key_means + own_row * HEAD_DIM + dims, k_mean, mask=dims < HEAD_DIM)
+    tl.store(value_means + own_row * HEAD_DIM + own_dims, v_mean, mask=own_dims < HEAD_DIM)
+
+
+@triton.jit
+def _summary_kernel(
+    key, value, table, set_of_row, members, held, centroids, log_mass, key_mean, value_mean,
+    covariance, key_means, value_means,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    num_key_sets, num_key_rows, num_rows, num_slots, num_pairs, tiles_of_centroids, scale,
+    DIPOLE: tl.constexpr, GROUP_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """One cluster of keys: its summaries for a tile of the centroids of a query head, or its covariance."""
+    part, row, kv_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    number = tl.load(set_of_row + row)
+    own_row = kv_head.to(tl.int64) * num_key_rows + row
+    many = tl.load(held + own_row)
+    slots, token_of_point = member_places(table, number, row, members, kv_head, num_slots)
+    batch_row = set_field(table, number, ROW)
+    keys = plane_of(key, batch_row, kv_head, stride_kb, stride_kh)
+    values = plane_of(value, batch_row, kv_head, stride_vb, stride_vh)
+    if part < GROUP_HEADS * tiles_of_centroids:
+        head = (kv_head * GROUP_HEADS + part // tiles_of_centroids).to(tl.int64)
+        queries = number + num_key_sets
+        a = part % tiles_of_centroids * BLOCK_A + tl.arange(0, BLOCK_A)
+        num_centroids = set_field(table, queries, CLUSTERS)
+        if part % tiles_of_centroids * BLOCK_A < num_centroids:
+            exists = a < num_centroids
+            centroid_rows = head * num_rows + set_field(table, queries, FIRST_ROW) + a
+            q = load_tokens(centroids, centroid_rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
+            pairs = head * num_pairs + set_field(table, queries, FIRST_PAIR)
+            pairs += a * set_field(table, number, CLUSTERS) + row - set_field(table, number, FIRST_ROW)
+            _summarise(
+                keys, values, slots, many, token_of_point, q, exists, pairs, log_mass, key_mean, value_mean,
+                stride_kn, stride_vn, scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_A,
+            )  # fmt: skip
+    elif DIPOLE:
+        _covary(
+            keys, values, slots, many, token_of_point, (part - GROUP_HEADS * tiles_of_centroids) * BLOCK_E,
+            own_row, covariance, key_means, value_means, stride_kn, stride_vn,
+            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_E,
+        )  # fmt: skip
+
+
+@triton.jit
+def _row_total(log_mass, pairs, a, num_centroids, num_clusters, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr):
+    """logsumexp_j L_aj of a tile of query centroids, given where the pairs of their set begin."""
+    top = tl.full([BLOCK_A], -1e30, tl.float32)
+    total = tl.zeros([BLOCK_A], tl.float32)
+    for first in range(0, num_clusters, BLOCK_C):
+        j = first + tl.arange(0, BLOCK_C)
+        exists = (a < num_centroids)[:, None] & (j < num_clusters)[None, :]
+        at = log_mass + pairs + a[:, None] * num_clusters + j[None, :]
+        mass = tl.load(at, mask=exists, other=-float("inf"))
+        new_top = tl.maximum(top, tl.max(mass, 1))
+        total = total * tl.exp(top - new_top) + tl.sum(tl.exp(mass - new_top[:, None]), 1)
+        top = new_top
+    return top + tl.log(total)
+
+
+@triton.jit
+def _mix_kernel(
+    table, log_mass, log_total, source, target, num_key_sets, num_key_rows, num_query_rows, num_pairs, num_parts,
+    TO_KEYS: tl.constexpr, GROUP_HEADS: tl.constexpr, SIZE: tl.constexpr,
+    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Matrices of D * D = SIZE numbers mixed by π: M_a = Σ_j π_aj Cov_j, or TO_KEYS dCov_j = Σ_a π_aj dM_a.
+
+    One program a set, query head, tile x of targets and BLOCK_E of their numbers. The gradients of a
+    covariance are one for each query head. Not TO_KEYS, the logsumexp of each row of L is written too.
+    """
+    part, number, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    queries = number + num_key_sets
+    num_clusters, num_centroids = set_field(table, number, CLUSTERS), set_field(table, queries, CLUSTERS)
+    pairs = head * num_pairs + set_field(table, queries, FIRST_PAIR)
+    query_rows = head * num_query_rows + set_field(table, queries, FIRST_ROW) - num_key_rows
+    key_row = set_field(table, number, FIRST_ROW)
+    x = part // num_parts * BLOCK_X + tl.arange(0, BLOCK_X)
+    e = part % num_parts * BLOCK_E + tl.arange(0, BLOCK_E)
+    if TO_KEYS:
+        num_x, stride_x, num_y, stride_y = num_clusters, 1, num_centroids, num_clusters
+        target_rows, source_rows = head * num_key_rows + key_row, query_rows
+    else:
+        num_x, stride_x, num_y, stride_y = num_centroids, num_clusters, num_clusters, 1
+        target_rows, source_rows = query_rows, head // GROUP_HEADS * num_key_rows + key_row
+    if part // num_parts * BLOCK_X < num_x:
+        if not TO_KEYS:
+            total = _row_total(log_mass, pairs, x, num_centroids, num_clusters, BLOCK_X, BLOCK_Y)
+            if part % num_parts == 0:
+                tl.store(log_total + query_rows + x, total, mask=x < num_x)
+            total = total[:, None]
+        mixed = tl.zeros([BLOCK_X, BLOCK_E], tl.float32)
+        for first in range(0, num_y, BLOCK_Y):
+            y = first + tl.arange(0, BLOCK_Y)
+            at = log_mass + pairs + x[:, None] * stride_x + y[None, :] * stride_y
+            exists = (x < num_x)[:, None] & (y < num_y)[None, :]
+            mass = tl.load(at, mask=exists, other=-float("inf"))
+            if TO_KEYS:
+                total = tl.load(log_total + query_rows + y, mask=y < num_y, other=0)[None, :]
+            at = source + (source_rows + y)[:, None] * SIZE + e[None, :]
+            matrices = tl.load(at, mask=(y < num_y)[:, None] & (e < SIZE)[None, :], other=0)
+            share = tl.exp(mass - total).to(matrices.dtype)
+            mixed += tl.dot(share, matrices, input_precision="ieee")
+        at = target + (target_rows + x)[:, None] * SIZE + e[None, :]
+        tl.store(at, mixed, mask=(x < num_x)[:, None] & (e < SIZE)[None, :])
+
+
+@triton.jit
+def _match_kernel(
+    table, covariance, grad_dipole, match,
+    num_key_sets, num_key_rows, num_query_rows, num_pairs, num_heads, num_parts, tiles_of_clusters,
+    GROUP_HEADS: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Inner products of dM_a with Cov_j, the gradient of π_aj: the share of PART of their numbers."""
+    part, number, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    queries = number + num_key_sets
+    num_clusters, num_centroids = set_field(table, number, CLUSTERS), set_field(table, queries, CLUSTERS)
+    tile = part // num_parts
+    a = tile // tiles_of_clusters * BLOCK_A + tl.arange(0, BLOCK_A)
+    j = tile % tiles_of_clusters * BLOCK_C + tl.arange(0, BLOCK_C)
+    query_rows = head * num_query_rows + set_field(table, queries, FIRST_ROW) - num_key_rows
+    key_rows = head // GROUP_HEADS * num_key_rows + set_field(table, number, FIRST_ROW)
+    total = tl.zeros([BLOCK_A, BLOCK_C], tl.float32)
+    begin = part % num_parts * PART
+    for first in range(begin, begin + PART, BLOCK_E):
+        e = first + tl.arange(0, BLOCK_E)
+        at = grad_dipole + (query_rows + a)[:, None] * SIZE + e[None, :]
+        moment = tl.load(at, mask=(a < num_centroids)[:, None] & (e < SIZE)[None, :], other=0)
+        at = covariance + (key_rows + j)[:, None] * SIZE + e[None, :]
+        cov = tl.load(at, mask=(j < num_clusters)[:, None] & (e < SIZE)[None, :], other=0)
+        total += tl.dot(moment, tl.trans(cov), input_precision="ieee")
+    at = ((part % num_parts).to(tl.int64) * num_heads + head) * num_pairs
+    at += set_field(table, queries, FIRST_PAIR) + j[None, :] * num_centroids + a[:, None]
+    tl.store(match + at, total, mask=(a < num_centroids)[:, None] & (j < num_clusters)[None, :])
+
+
+@triton.jit
+def _key_backward_kernel(
+    key, value, table, set_of_row, members, held, centroids, log_mass, log_total,
+    grad_key_mean, grad_value_mean, constant, match, product, grad_covariance, key_means, value_means,
+    grad_key, grad_value,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_gkh, stride_gkn, stride_gvh, stride_gvn,
+    num_key_sets, num_key_rows, num_rows, num_slots, num_pairs, num_heads, num_parts, scale,
+    DIPOLE: tl.constexpr, GROUP_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the keys and values of one cluster, at their points.
+
+    With the constant c_aj, dS_ak = w_ak (c_aj + dk̃_aj·k + dṽ_aj·v), then dk = Σ_a dS_ak q̄_a + w_ak dk̃_aj
+    and dv = Σ_a w_ak dṽ_aj; and the share of the covariance.
+    """
+    row, kv_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    number = tl.load(set_of_row + row)
+    queries = number + num_key_sets
+    own_row = kv_head * num_key_rows + row
+    many = tl.load(held + own_row)
+    slots, token_of_point = member_places(table, number, row, members, kv_head, num_slots)
+    batch_row = set_field(table, number, ROW)
+    keys = plane_of(key, batch_row, kv_head, stride_kb, stride_kh)
+    values = plane_of(value, batch_row, kv_head, stride_vb, stride_vh)
+    num_clusters, num_centroids = set_field(table, number, CLUSTERS), set_field(table, queries, CLUSTERS)
+    j = row - set_field(table, number, FIRST_ROW)
+    query_row = set_field(table, queries, FIRST_ROW)
+    for m in range(0, many, BLOCK_M):
+        places = m + tl.arange(0, BLOCK_M)
+        filled = places < many
+        points = tl.load(slots + places, mask=filled, other=0)
+        tokens = points + token_of_point
+        k = load_tokens(keys, tokens, filled, stride_kn, HEAD_DIM, BLOCK_D)
+        v = load_tokens(values, tokens, filled, stride_vn, HEAD_DIM, BLOCK_D)
+        dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for i in range(GROUP_HEADS):
+            head = kv_head * GROUP_HEADS + i
+            pairs = head * num_pairs + set_field(table, queries, FIRST_PAIR)
+            for first in range(0, num_centroids, BLOCK_A):
+                a = first + tl.arange(0, BLOCK_A)
+                exists = a < num_centroids
+                q = load_tokens(centroids, head * num_rows + query_row + a, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
+                rows = pairs + a * num_clusters + j
+                mass = tl.load(log_mass + rows, mask=exists, other=float("inf"))
+                s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
+                w = tl.exp(s - mass[None, :])
+                dk_mean = load_tokens(grad_key_mean, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
+                dv_mean = load_tokens(grad_value_mean, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
+                c = tl.load(constant + pairs + j * num_centroids + a, mask=exists, other=0)
+                if DIPOLE:
+                    query_rows = head * (num_rows - num_key_rows) + query_row - num_key_rows + a
+                    total = tl.load(log_total + query_rows, mask=exists, other=0)
+                    change = -tl.load(product + query_rows, mask=exists, other=0)
+                    for part in range(num_parts):
+                        at = match + part * num_heads * num_pairs + pairs + j * num_centroids + a
+                        change += tl.load(at, mask=exists, other=0)
+                    c += tl.where(exists, tl.exp(mass - total) * change, 0)
+                ds = tl.dot(k, tl.trans(dk_mean), input_precision="ieee")
+                ds += tl.dot(v, tl.trans(dv_mean), input_precision="ieee")
+                ds = (w * (ds + c[None, :]) * scale).to(k.dtype)
+                w = w.to(k.dtype)
+                dk += tl.dot(ds, q, input_precision="ieee") + tl.dot(w, dk_mean, input_precision="ieee")
+                dv += tl.dot(w, dv_mean, input_precision="ieee")
+        if DIPOLE:
+            dims = tl.arange(0, BLOCK_D)
+            k_mean = tl.load(key_means + own_row * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0)
+            v_mean = tl.load(value_means + own_row * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0)
+            for i in range(GROUP_HEADS):
+                matrix = grad_covariance + ((kv_head * GROUP_HEADS + i) * num_key_rows + row) * HEAD_DIM * HEAD_DIM
+                for first in range(0, HEAD_DIM, BLOCK_E):
+                    part_dims = first + tl.arange(0, BLOCK_E)
+                    exists = part_dims < HEAD_DIM
+                    mean = tl.load(key_means + own_row * HEAD_DIM + part_dims, mask=exists, other=0)
+                    x = load_tokens(keys, tokens, filled, stride_kn, HEAD_DIM, BLOCK_E, first)
+                    x = ((x.to(tl.float32) - mean[None, :]) / many).to(k.dtype)
+                    columns = load_tokens(matrix, dims, dims < HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_E, first)
+                    dv += tl.dot(x, tl.trans(columns), input_precision="ieee")
+                    mean = tl.load(value_means + own_row * HEAD_DIM + part_dims, mask=exists, other=0)
+                    x = load_tokens(values, tokens, filled, stride_vn, HEAD_DIM, BLOCK_E, first)
+                    x = ((x.to(tl.float32) - mean[None, :]) / many).to(k.dtype)
+                    rows = load_tokens(matrix, part_dims, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
+                    dk += tl.dot(x, rows, input_precision="ieee")
+        store_tokens(grad_key + kv_head * stride_gkh, dk, points, filled, stride_gkn, HEAD_DIM, BLOCK_D)
+        store_tokens(grad_value + kv_head * stride_gvh, dv, points, filled, stride_gvn, HEAD_DIM, BLOCK_D)
+
+
+def summarise(
+    key: torch.Tensor, value: torch.Tensor, sets: PointSets, members: torch.Tensor, held: torch.Tensor,
+    centroids: torch.Tensor, scale: float, dipole: bool,
+) -> Summaries:  # fmt: skip
+    """Summaries of all clusters of keys for the query centroids (H, rows, D) of their sets.
+
+    Args:
+        key, value: (B, Hkv, K, D).
+        members, held: (Hkv, slots) and (Hkv, key rows), see `members_with_capacity`.
+        scale: Factor on the logits.
+    """
+    kv_heads, head_dim = key.shape[1], key.shape[3]
+    heads = centroids.shape[0]
+    num_query_rows = sets.num_rows - sets.num_key_rows
+    log_mass = key.new_empty(heads, sets.num_pairs, dtype=torch.float32)
+    key_mean, value_mean = key.new_empty(2, heads, sets.num_pairs, head_dim)
+    covariance = means = moment = log_total = None
+    if dipole:
+        covariance = key.new_empty(kv_heads, sets.num_key_rows, head_dim, head_dim)
+        means = key.new_empty(2, kv_heads, sets.num_key_rows, head_dim, dtype=torch.float32)
+        moment = key.new_empty(heads, num_query_rows, head_dim, head_dim)
+        log_total = key.new_empty(heads, num_query_rows, dtype=torch.float32)
+    tiles = _tiles(key, sets)
+    tiles_of_centroids = triton.cdiv(sets.max_clusters, tiles["BLOCK_A"])
+    groups = heads // kv_heads
+    parts = groups * tiles_of_centroids + (triton.cdiv(head_dim, tiles["BLOCK_E"]) if dipole else 0)
+    _summary_kernel[(parts, sets.num_key_rows, kv_heads)](
+        key, value, sets.table, sets.set_of_row, members, held, centroids, log_mass, key_mean, value_mean,
+        covariance, *((None, None) if means is None else means), *key.stride()[:3], *value.stride()[:3],
+        sets.num_key_sets, sets.num_key_rows, sets.num_rows, sets.num_slots, sets.num_pairs,
+        tiles_of_centroids, scale, DIPOLE=dipole, GROUP_HEADS=groups, **tiles,
+    )  # fmt: skip
+    if dipole:
+        _mix(key, sets, log_mass, log_total, covariance, moment, groups, TO_KEYS=False)
+    return Summaries(log_mass, key_mean, value_mean, covariance, means, moment, log_total)
+
+
+def summaries_backward(
+    key: torch.Tensor, value: torch.Tensor, sets: PointSets, members: torch.Tensor, held: torch.Tensor,
+    centroids: torch.Tensor, scale: float, summaries: Summaries, grads: SummaryGradients,
+    grad_key: torch.Tensor, grad_value: torch.Tensor,
+) -> None:  # fmt: skip
+    """Write the gradients of keys and values to the points (Hkv, points, D) of their sets, any strides."""
+    kv_heads, head_dim = key.shape[1], key.shape[3]
+    heads = centroids.shape[0]
+    groups, num_query_rows = heads // kv_heads, sets.num_rows - sets.num_key_rows
+    match = grad_covariance = None
+    num_parts = 0
+    if grads.dipole is not None:
+        grad_covariance = key.new_empty(heads, sets.num_key_rows, head_dim, head_dim)
+        _mix(
+            key, sets, summaries.log_mass, summaries.log_total, grads.dipole, grad_covariance, groups, TO_KEYS=True
+        )
+        tile = min(_TILE, power_of_two(sets.max_clusters))
+        tiles_of_clusters, num_parts = triton.cdiv(sets.max_clusters, tile), triton.cdiv(head_dim**2, _PART)
+        match = key.new_empty(num_parts, heads, sets.num_pairs, dtype=torch.float32)
+        _match_kernel[(num_parts * tiles_of_clusters**2, sets.num_key_sets, heads)](
+            sets.table, summaries.covariance, grads.dipole, match, sets.num_key_sets, sets.num_key_rows,
+            num_query_rows, sets.num_pairs, heads, num_parts, tiles_of_clusters,
+            GROUP_HEADS=groups, SIZE=head_dim**2, PART=_PART, BLOCK_A=tile, BLOCK_C=tile, BLOCK_E=64,
+        )  # fmt: skip
+    means = (None, None) if summaries.means is None else summaries.means
+    _key_backward_kernel[(sets.num_key_rows, kv_heads)](
+        key, value, sets.table, sets.set_of_row, members, held, centroids, summaries.log_mass,
+        summaries.log_total, grads.key_mean, grads.value_mean, grads.constant, match, grads.product,
+        grad_covariance, *means, grad_key, grad_value,
+        *key.stride()[:3], *value.stride()[:3], *grad_key.stride()[:2], *grad_value.stride()[:2],
+        sets.num_key_sets, sets.num_key_rows, sets.num_rows, sets.num_slots, sets.num_pairs, heads, num_parts,
+        scale, DIPOLE=match is not None, GROUP_HEADS=groups, **_tiles(key, sets),
+    )  # fmt: skip
+
+
+def _mix(key, sets, log_mass, log_total, source, target, groups, **flags):
+    head_dim = key.shape[3]
+    tile = min(_TILE, power_of_two(sets.max_clusters))
+    num_parts = triton.cdiv(head_dim**2, _MIXED)
+    _mix_kernel[(num_parts * triton.cdiv(sets.max_clusters, tile), sets.num_key_sets, log_mass.shape[0])](
+        sets.table, log_mass, log_total, source, target, sets.num_key_sets, sets.num_key_rows,
+        sets.num_rows - sets.num_key_rows, sets.num_pairs, num_parts,
+        GROUP_HEADS=groups, SIZE=head_dim**2, BLOCK_X=tile, BLOCK_Y=tile, BLOCK_E=_MIXED, **flags,
+    )  # fmt: skip
+
+
+def _tiles(key: torch.Tensor, sets: PointSets) -> dict[str, int]:
+    head_dim = key.shape[3]
+    block_d = power_of_two(head_dim)
+    wide = block_d * key.element_size() > 256
+    return {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": block_d,
+        "BLOCK_M": 32 if wide else 64,
+        "BLOCK_A": min(32 if wide else _TILE, power_of_two(sets.max_clusters)),
+        "BLOCK_E": min(64, block_d),
+        "num_warps": 4 if block_d <= 64 else 8,
+    }

@@ -44,8 +44,8 @@ class Sorted(NamedTuple):
     Attributes:
         label: (H, points) int32 cluster of each point, counted from the first of its set.
         order: (H, points) int32 the points of each set by cluster, and in their order within a cluster.
-        near: (H, points) int32 bits of a uint32 that is the larger the nearer a point is to the centroid, in the
-            order of `order`. For keys only.
+        near: (H, points) int32 bits of a uint32 that is the larger the nearer a point is to its centroid. In
+            the order of `order`, for keys only.
         first, count: (H, rows) int32 where in `order` a cluster begins, and how many points it has.
     """
 
@@ -107,7 +107,8 @@ def nearer(x, c, bias, first, best, label):
 @triton.jit
 def _sums_kernel(
     query, key, table, chunks, centroids, label, sums, counts,
-    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, key_heads, num_rows, num_points, num_sums,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn,
+    key_heads, num_rows, num_points, num_sums,
     START_TOKENS: tl.constexpr, LABELLED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -351,7 +352,8 @@ def _assign(query, key, sets, chunks, num_points, centroids, **flags):
     _assign_kernel[(chunks.shape[0], heads)](
         query, key, sets.table, chunks, centroids, label, near, rank, counts,
         *query.stride()[:3], *key.stride()[:3], key.shape[1], sets.num_rows, num_points, sets.num_counts,
-        ONE_TILE=sets.max_clusters <= tiles["BLOCK_C"], BINS=power_of_two(sets.max_clusters), **flags, **tiles,
+        ONE_TILE=sets.max_clusters <= tiles["BLOCK_C"], BINS=power_of_two(sets.max_clusters),
+        **flags, **tiles,
     )  # fmt: skip
     return label, near, rank, counts
 
@@ -362,6 +364,6 @@ def _tiles(query: torch.Tensor, sets: PointSets) -> dict[str, int]:
     return {
         "HEAD_DIM": head_dim,
         "BLOCK_D": block_d,
-        "BLOCK_N": 128 if block_d * query.element_size() <= 256 else 64,
+        "BLOCK_N": 64,
         "BLOCK_C": min(_LARGEST_TILE, power_of_two(sets.max_clusters)),
     }

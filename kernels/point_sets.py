@@ -1,12 +1,12 @@
 """What is to be clustered: sets of tokens, described once for all kernels by one small table.
 
 A *point set* is a run of tokens of one batch row: its centroids are made of `length` tokens from `start` on,
-and `num_targets` tokens from `target` on are then assigned to them. A set stands for as many independent
-problems as its side has heads: key/value heads for sets of keys, query heads for sets of queries. All sets are
-worked through by the same launches.
+and `num_points` tokens from `target` on are then assigned to them. A set stands for as many independent
+problems as its side has heads: key/value heads for sets of keys, query heads for sets of queries. All sets
+are worked through by the same launches.
 
-Clusters (rows), assigned tokens (points) and the places for members (slots) are numbered over all sets, so that
-what kernels make are plain arrays (heads, rows), (heads, points) and (heads, slots).
+Clusters (rows), assigned tokens (points) and the places for members (slots) are numbered over all sets, so
+that what kernels make are plain arrays (heads, rows), (heads, points) and (heads, slots).
 """
 
 from collections.abc import Iterable
@@ -99,12 +99,12 @@ def point_sets(keys: list[PointSet], queries: list[PointSet], device: torch.devi
         first_point = s.first_point + s.is_query * num_key_points
         source_chunks = _chunks(number, s.num_clusters, s.start, s.length, source_point, num_sums)
         target_chunks = _chunks(number, s.num_clusters, s.target, s.num_points, first_point, num_counts)
-        table.append(
-            (s.row, s.start, s.length, s.num_clusters, num_rows)
-            + (int(s.is_query), s.target, first_point, s.num_points)
-            + (num_sums, len(source_chunks), num_counts, len(target_chunks))
-            + (s.capacity, num_slots, num_pairs)
-        )
+        table.append((
+            s.row, s.start, s.length, s.num_clusters, num_rows,
+            int(s.is_query), s.target, first_point, s.num_points,
+            num_sums, len(source_chunks), num_counts, len(target_chunks),
+            s.capacity, num_slots, num_pairs,
+        ))  # fmt: skip
         set_of_row += [number] * s.num_clusters
         sources += source_chunks
         targets += target_chunks

@@ -13,7 +13,13 @@ from muse_hf.config import MuseConfig
 
 
 def triton_tilted_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, is_causal: bool, scale: float, config: MuseConfig
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    is_causal: bool,
+    scale: float,
+    config: MuseConfig,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """MuSe attention with tilted summaries.
 
@@ -56,9 +62,7 @@ class _Attend(torch.autograd.Function):
         centroids = kmeans(query, key, sets, config.kmeans_iters)
         points = sort_by_cluster(query, key, sets, centroids)
         members, held = members_with_capacity(key, sets, centroids, points)
-        summaries = summarise(
-            key, value, sets, members, held, centroids, scale, config.multipole == "dipole"
-        )
+        summaries = summarise(key, value, sets, members, held, centroids, scale, config.multipole == "dipole")
         rows = query.new_empty(batch * num_queries, heads, head_dim).transpose(0, 1)
         lse = query.new_empty(heads, batch * num_queries, dtype=torch.float32)
         refine(query, sets, points, centroids, summaries, rows, lse, scale)
@@ -74,7 +78,9 @@ class _Attend(torch.autograd.Function):
         query, key, value, output, lse, centroids, members, held, *rest = ctx.saved_tensors
         points, summaries = Sorted(*rest[: len(Sorted._fields)]), Summaries(*rest[len(Sorted._fields) :])
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        grads = [tensor.new_empty(tensor.transpose(1, 2).shape).transpose(1, 2) for tensor in (query, key, value)]
+        grads = [
+            tensor.new_empty(tensor.transpose(1, 2).shape).transpose(1, 2) for tensor in (query, key, value)
+        ]
         rows = [tensor.transpose(0, 1).flatten(1, 2) for tensor in grads]
         summary_grads = refine_backward(
             query, grad, output, lse, lse, ctx.sets, points, centroids, summaries, rows[0], ctx.scale

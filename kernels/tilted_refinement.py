@@ -37,7 +37,8 @@ def _offset(x, centroid_at, dims, scale, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def _forward_kernel(
-    query, table, set_of_row, order, first, count, centroids, log_mass, key_mean, value_mean, dipole, output, lse,
+    query, table, set_of_row, order, first, count, centroids, log_mass, key_mean, value_mean, dipole,
+    output, lse,
     stride_qb, stride_qh, stride_qn, stride_oh, stride_on,
     num_key_sets, num_key_rows, num_rows, num_key_points, num_points, num_pairs, scale,
     DIPOLE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
@@ -274,7 +275,7 @@ def refine_backward(
         query, grad, output, lse, *groups, summaries.log_mass, summaries.key_mean, summaries.value_mean,
         summaries.dipole, grad_query, grads.key_mean, grads.value_mean, grads.constant, grads.product,
         *strides, *output.stride()[:3], *grad_query.stride()[:2], *sizes, sets.num_pairs,
-        length, lse.shape[1], scale, DIPOLE=dipole, **tiles,
+        length, lse.shape[1], scale, DIPOLE=dipole, **{**tiles, "num_warps": 8},
     )  # fmt: skip
     if dipole:
         del tiles["BLOCK_C"], tiles["ONE_TILE"]

@@ -146,8 +146,8 @@ def _summary_kernel(
     covariance, key_means, value_means,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     num_key_sets, num_key_rows, num_rows, num_slots, num_pairs, tiles_of_centroids, scale,
-    DIPOLE: tl.constexpr, GROUP_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_E: tl.constexpr,
+    DIPOLE: tl.constexpr, GROUP_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """One cluster of keys: its summaries for a tile of the centroids of a query head, or its covariance."""
     part, row, kv_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -194,12 +194,13 @@ def _row_total(log_mass, pairs, a, num_centroids, num_clusters, BLOCK_A: tl.cons
         new_top = tl.maximum(top, tl.max(mass, 1))
         total = total * tl.exp(top - new_top) + tl.sum(tl.exp(mass - new_top[:, None]), 1)
         top = new_top
-    return top + tl.log(total)
+    return top + tl.log(tl.where(a < num_centroids, total, 1))
 
 
 @triton.jit
 def _mix_kernel(
-    table, log_mass, log_total, source, target, num_key_sets, num_key_rows, num_query_rows, num_pairs, num_parts,
+    table, log_mass, log_total, source, target,
+    num_key_sets, num_key_rows, num_query_rows, num_pairs, num_parts,
     TO_KEYS: tl.constexpr, GROUP_HEADS: tl.constexpr, SIZE: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -236,11 +237,11 @@ def _mix_kernel(
             mass = tl.load(at, mask=exists, other=-float("inf"))
             if TO_KEYS:
                 total = tl.load(log_total + query_rows + y, mask=y < num_y, other=0)[None, :]
-            at = source + (source_rows + y)[:, None] * SIZE + e[None, :]
+            at = source + source_rows * SIZE + y[:, None] * SIZE + e[None, :]
             matrices = tl.load(at, mask=(y < num_y)[:, None] & (e < SIZE)[None, :], other=0)
             share = tl.exp(mass - total).to(matrices.dtype)
             mixed += tl.dot(share, matrices, input_precision="ieee")
-        at = target + (target_rows + x)[:, None] * SIZE + e[None, :]
+        at = target + target_rows * SIZE + x[:, None] * SIZE + e[None, :]
         tl.store(at, mixed, mask=(x < num_x)[:, None] & (e < SIZE)[None, :])
 
 
@@ -264,9 +265,9 @@ def _match_kernel(
     begin = part % num_parts * PART
     for first in range(begin, begin + PART, BLOCK_E):
         e = first + tl.arange(0, BLOCK_E)
-        at = grad_dipole + (query_rows + a)[:, None] * SIZE + e[None, :]
+        at = grad_dipole + query_rows * SIZE + a[:, None] * SIZE + e[None, :]
         moment = tl.load(at, mask=(a < num_centroids)[:, None] & (e < SIZE)[None, :], other=0)
-        at = covariance + (key_rows + j)[:, None] * SIZE + e[None, :]
+        at = covariance + key_rows * SIZE + j[:, None] * SIZE + e[None, :]
         cov = tl.load(at, mask=(j < num_clusters)[:, None] & (e < SIZE)[None, :], other=0)
         total += tl.dot(moment, tl.trans(cov), input_precision="ieee")
     at = ((part % num_parts).to(tl.int64) * num_heads + head) * num_pairs
@@ -317,7 +318,9 @@ def _key_backward_kernel(
             for first in range(0, num_centroids, BLOCK_A):
                 a = first + tl.arange(0, BLOCK_A)
                 exists = a < num_centroids
-                q = load_tokens(centroids, head * num_rows + query_row + a, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
+                q = load_tokens(
+                    centroids, head * num_rows + query_row + a, exists, HEAD_DIM, HEAD_DIM, BLOCK_D
+                )
                 rows = pairs + a * num_clusters + j
                 mass = tl.load(log_mass + rows, mask=exists, other=float("inf"))
                 s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
@@ -341,10 +344,10 @@ def _key_backward_kernel(
                 dv += tl.dot(w, dv_mean, input_precision="ieee")
         if DIPOLE:
             dims = tl.arange(0, BLOCK_D)
-            k_mean = tl.load(key_means + own_row * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0)
-            v_mean = tl.load(value_means + own_row * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0)
             for i in range(GROUP_HEADS):
-                matrix = grad_covariance + ((kv_head * GROUP_HEADS + i) * num_key_rows + row) * HEAD_DIM * HEAD_DIM
+                matrix = (
+                    grad_covariance + ((kv_head * GROUP_HEADS + i) * num_key_rows + row) * HEAD_DIM * HEAD_DIM
+                )
                 for first in range(0, HEAD_DIM, BLOCK_E):
                     part_dims = first + tl.arange(0, BLOCK_E)
                     exists = part_dims < HEAD_DIM
@@ -413,7 +416,14 @@ def summaries_backward(
     if grads.dipole is not None:
         grad_covariance = key.new_empty(heads, sets.num_key_rows, head_dim, head_dim)
         _mix(
-            key, sets, summaries.log_mass, summaries.log_total, grads.dipole, grad_covariance, groups, TO_KEYS=True
+            key,
+            sets,
+            summaries.log_mass,
+            summaries.log_total,
+            grads.dipole,
+            grad_covariance,
+            groups,
+            TO_KEYS=True,
         )
         tile = min(_TILE, power_of_two(sets.max_clusters))
         tiles_of_clusters, num_parts = triton.cdiv(sets.max_clusters, tile), triton.cdiv(head_dim**2, _PART)
@@ -430,7 +440,7 @@ def summaries_backward(
         grad_covariance, *means, grad_key, grad_value,
         *key.stride()[:3], *value.stride()[:3], *grad_key.stride()[:2], *grad_value.stride()[:2],
         sets.num_key_sets, sets.num_key_rows, sets.num_rows, sets.num_slots, sets.num_pairs, heads, num_parts,
-        scale, DIPOLE=match is not None, GROUP_HEADS=groups, **_tiles(key, sets),
+        scale, DIPOLE=match is not None, GROUP_HEADS=groups, **{**_tiles(key, sets), "num_warps": 8},
     )  # fmt: skip
 
 
@@ -441,7 +451,8 @@ def _mix(key, sets, log_mass, log_total, source, target, groups, **flags):
     _mix_kernel[(num_parts * triton.cdiv(sets.max_clusters, tile), sets.num_key_sets, log_mass.shape[0])](
         sets.table, log_mass, log_total, source, target, sets.num_key_sets, sets.num_key_rows,
         sets.num_rows - sets.num_key_rows, sets.num_pairs, num_parts,
-        GROUP_HEADS=groups, SIZE=head_dim**2, BLOCK_X=tile, BLOCK_Y=tile, BLOCK_E=_MIXED, **flags,
+        GROUP_HEADS=groups, SIZE=head_dim**2, BLOCK_X=tile, BLOCK_Y=tile, BLOCK_E=_MIXED, num_stages=1,
+        **flags,
     )  # fmt: skip
 
 

@@ -14,7 +14,9 @@ from muse_hf.kernels.layout import Layout
 from muse_hf.kernels.selection import keep_largest, number_of_bits, take_first, threshold_of
 from muse_hf.kernels.summaries import TILE, load_summaries, rows_at, summary_logits
 
-_LAUNCH = {"BLOCK_Q": 64, "BLOCK_J": 32, "num_warps": 4, "num_stages": 2}
+# Three programs fit a multiprocessor with 168 registers a thread, which is worth a few spills.
+_LAUNCH = {"BLOCK_Q": 64, "BLOCK_J": 32, "num_warps": 4, "num_stages": 3, "maxnreg": 168}
+_WIDE_LAUNCH = {"BLOCK_Q": 64, "BLOCK_J": 32, "num_warps": 4, "num_stages": 2}
 
 
 @triton.jit
@@ -141,12 +143,13 @@ def refine(
     batch, heads, length, head_dim = query.shape
     num_words = triton.cdiv(layout.max_seen, TILE) * (TILE // 32)
     chosen = torch.empty(heads, batch * length, num_words, dtype=torch.int32, device=query.device)
-    grid = (triton.cdiv(block, _LAUNCH["BLOCK_Q"]), heads, layout.block_start.shape[0])
+    launch = _LAUNCH if head_dim <= 64 else _WIDE_LAUNCH
+    grid = (triton.cdiv(block, launch["BLOCK_Q"]), heads, layout.block_start.shape[0])
     _forward_kernel[grid](
         query, clusters.key_mean, clusters.value_mean, clusters.key_variance, clusters.log_mass,
         *layout.query_blocks, local, local_lse, output, lse, chosen, *token_strides(query, local, output),
         batch * length, clusters.count.shape[1], num_retrieved, scale,
         GROUP_HEADS=heads // clusters.count.shape[0], HEAD_DIM=head_dim, BLOCK_D=power_of_two(head_dim),
-        STEPS=28 if query.dtype == torch.float32 else 16, WORDS=num_words, **_LAUNCH,
+        STEPS=28 if query.dtype == torch.float32 else 16, WORDS=num_words, **launch,
     )  # fmt: skip
     return chosen

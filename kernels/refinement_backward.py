@@ -16,6 +16,7 @@ from muse_hf.kernels.summaries import TILE, is_chosen, load_summaries, rows_at, 
 _PROGRAMS = 2048
 _QUERY_LAUNCH = {"BLOCK_Q": 64, "BLOCK_J": 32, "num_warps": 4, "num_stages": 3}
 _SUMMARY_LAUNCH = {"BLOCK_Q": 64, "BLOCK_J": TILE, "num_warps": 4, "num_stages": 3}
+_WIDE_SUMMARY_LAUNCH = {"BLOCK_Q": 64, "BLOCK_J": TILE, "num_warps": 8, "num_stages": 2}
 
 
 @triton.jit
@@ -161,7 +162,8 @@ def summary_backward(
     groups = query.shape[1] // kv_heads
     tiles = layout.summary_tiles
     num_tiles = tiles.first.shape[0]
-    shares = triton.cdiv(query.shape[2], _SUMMARY_LAUNCH["BLOCK_Q"])  # of a row's queries, at most
+    launch = _SUMMARY_LAUNCH if head_dim <= 64 else _WIDE_SUMMARY_LAUNCH
+    shares = triton.cdiv(query.shape[2], launch["BLOCK_Q"])  # of a row's queries, at most
     splits = min(shares, triton.cdiv(_PROGRAMS, num_tiles * query.shape[1]))
     parts = torch.empty(
         2, groups * splits, kv_heads, num_clusters, head_dim, dtype=torch.float32, device=query.device
@@ -169,7 +171,7 @@ def summary_backward(
     _summary_backward_kernel[(num_tiles, groups * splits, kv_heads)](
         query, clusters.key_mean, clusters.value_mean, clusters.log_mass, *tiles, chosen, grad, lse, delta,
         *parts, *token_strides(query, grad), *_sizes(query, clusters), kv_heads, splits, scale, block,
-        clusters_per_block, **_tiles(query, clusters, chosen), **_SUMMARY_LAUNCH,
+        clusters_per_block, **_tiles(query, clusters, chosen), **launch,
     )  # fmt: skip
     return tuple(parts.sum(1))
 

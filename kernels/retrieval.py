@@ -17,6 +17,7 @@ from muse_hf.kernels.common import LOG2_E, load_rows, power_of_two, row_offsets,
 _PARTIAL_BYTES = 1 << 30
 _FORWARD = {"BLOCK_Q": 64, "num_warps": 4, "num_stages": 1}
 _BACKWARD = {"BLOCK_Q": 64, "num_warps": 4, "num_stages": 3}
+_WIDE_BACKWARD = {"BLOCK_Q": 64, "num_warps": 8, "num_stages": 2}
 # Programs that share the queries of a cluster in the forward pass.
 _SPLITS = 4
 # Entries of partial outputs that one program merges.
@@ -290,7 +291,7 @@ def retrieve_backward(
         _retrieve_backward_kernel[(clusters.count.shape[1], len(kv_heads))](
             query, key, value, grad, lse, delta, clusters.members, clusters.count, *items, *grad_means,
             partial, *grads[1:], *strides, *_sizes(query, clusters), kv_heads.start, scale,
-            **_tiles(query, clusters, num_retrieved), **_BACKWARD,
+            **_tiles(query, clusters, num_retrieved), **(_BACKWARD if query.shape[3] <= 64 else _WIDE_BACKWARD),
         )  # fmt: skip
         _over_queries(_add_kernel, query, key, kv_heads, num_retrieved)(
             partial, choice, grads[0], *token_strides(grads[0])

@@ -9,14 +9,13 @@ and the first r of these are taken.
 import torch
 import triton
 import triton.language as tl
-from muse_hf.kernels.common import power_of_two
 from muse_hf.kernels.layout import Layout
 from muse_hf.kernels.summaries import TILE
 
 MOST_RETRIEVED = 2 * TILE
 # Scores this far below the largest of their query are not told apart, so none of them is retrieved.
 _RANGE = tl.constexpr(64.0)
-_LISTED = 128
+_LISTED = {"BLOCK_Q": 32, "BLOCK_W": 64, "num_warps": 4}
 
 
 @triton.jit
@@ -70,24 +69,32 @@ def number_of_bits(word):
 @triton.jit
 def _list_kernel(
     chosen, block_start, block_length, first_cluster, num_seen, choice, num_tokens, num_retrieved,
-    WORDS: tl.constexpr, BLOCK_Q: tl.constexpr,
+    WORDS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Write the set bits of each row down as cluster numbers, one row a thread."""
+    """Write the set bits of each row down as cluster numbers, a bit of every word at a time."""
     tile, head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     inside = rows < tl.load(block_length + block)
     row = head.to(tl.int64) * num_tokens + tl.load(block_start + block) + rows
-    seen, first = tl.load(num_seen + block), tl.load(first_cluster + block)
-    rank = tl.zeros([BLOCK_Q], tl.int32)
-    for w in range(0, (seen + 31) // 32):
-        word = tl.load(chosen + row * WORDS + w, mask=inside, other=0)
-        while tl.max((word != 0).to(tl.int32), 0) > 0:
+    num_words, first = tl.load(num_seen + block) // 32, tl.load(first_cluster + block)
+    if tl.load(num_seen + block) % 32 > 0:
+        num_words += 1
+    listed = tl.zeros([BLOCK_Q], tl.int32)
+    for w in range(0, num_words, BLOCK_W):
+        words = w + tl.arange(0, BLOCK_W)
+        exists = inside[:, None] & (words < num_words)[None, :]
+        word = tl.load(chosen + row[:, None] * WORDS + words[None, :], mask=exists, other=0)
+        many = number_of_bits(word)
+        rank = listed[:, None] + tl.cumsum(many, 1) - many
+        while tl.max(word != 0) > 0:
             lowest = word & -word
             # A power of two, whose exponent is the number of its bit.
             bit = ((lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
-            tl.store(choice + row * num_retrieved + rank, first + w * 32 + bit, mask=word != 0)
-            rank += (word != 0).to(tl.int32)
+            to = choice + row[:, None] * num_retrieved + rank
+            tl.store(to, first + words[None, :] * 32 + bit, mask=word != 0)
+            rank += 1
             word ^= lowest
+        listed += tl.sum(many, 1)
 
 
 def list_choice(chosen: torch.Tensor, layout: Layout, num_retrieved: int, block: int) -> torch.Tensor:
@@ -95,8 +102,7 @@ def list_choice(chosen: torch.Tensor, layout: Layout, num_retrieved: int, block:
     ascending order, and -1 behind the last."""
     heads, num_tokens, num_words = chosen.shape
     choice = torch.full((heads, num_tokens, num_retrieved), -1, dtype=torch.int32, device=chosen.device)
-    block_q = min(_LISTED, power_of_two(block))
-    _list_kernel[(triton.cdiv(block, block_q), heads, layout.block_start.shape[0])](
-        chosen, *layout.query_blocks, choice, num_tokens, num_retrieved, WORDS=num_words, BLOCK_Q=block_q
+    _list_kernel[(triton.cdiv(block, _LISTED["BLOCK_Q"]), heads, layout.block_start.shape[0])](
+        chosen, *layout.query_blocks, choice, num_tokens, num_retrieved, WORDS=num_words, **_LISTED
     )
     return choice

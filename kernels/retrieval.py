@@ -286,12 +286,13 @@ def retrieve_backward(
     """
     num_retrieved = choice.shape[2]
     strides = token_strides(query, key, value, grad, *grads[1:])
+    launch = _BACKWARD if query.shape[3] <= 64 else _WIDE_BACKWARD
     for kv_heads in _parts(query, key, num_retrieved):
         partial = query.new_empty(len(kv_heads), items.order.shape[1], query.shape[3])
         _retrieve_backward_kernel[(clusters.count.shape[1], len(kv_heads))](
             query, key, value, grad, lse, delta, clusters.members, clusters.count, *items, *grad_means,
             partial, *grads[1:], *strides, *_sizes(query, clusters), kv_heads.start, scale,
-            **_tiles(query, clusters, num_retrieved), **(_BACKWARD if query.shape[3] <= 64 else _WIDE_BACKWARD),
+            **_tiles(query, clusters, num_retrieved), **launch,
         )  # fmt: skip
         _over_queries(_add_kernel, query, key, kv_heads, num_retrieved)(
             partial, choice, grads[0], *token_strides(grads[0])

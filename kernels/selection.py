@@ -15,7 +15,8 @@ from muse_hf.kernels.summaries import TILE
 MOST_RETRIEVED = 2 * TILE
 # Scores this far below the largest of their query are not told apart, so none of them is retrieved.
 _RANGE = tl.constexpr(64.0)
-_LISTED = {"BLOCK_Q": 32, "BLOCK_W": 64, "num_warps": 4}
+# One warp, whose threads need no barrier to know that all are done with a word.
+_LISTED = {"BLOCK_Q": 32, "num_warps": 1}
 
 
 @triton.jit
@@ -69,32 +70,24 @@ def number_of_bits(word):
 @triton.jit
 def _list_kernel(
     chosen, block_start, block_length, first_cluster, num_seen, choice, num_tokens, num_retrieved,
-    WORDS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_W: tl.constexpr,
+    WORDS: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """Write the set bits of each row down as cluster numbers, a bit of every word at a time."""
+    """Write the set bits of each row down as cluster numbers, one row a thread."""
     tile, head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     inside = rows < tl.load(block_length + block)
     row = head.to(tl.int64) * num_tokens + tl.load(block_start + block) + rows
-    num_words, first = tl.load(num_seen + block) // 32, tl.load(first_cluster + block)
-    if tl.load(num_seen + block) % 32 > 0:
-        num_words += 1
-    listed = tl.zeros([BLOCK_Q], tl.int32)
-    for w in range(0, num_words, BLOCK_W):
-        words = w + tl.arange(0, BLOCK_W)
-        exists = inside[:, None] & (words < num_words)[None, :]
-        word = tl.load(chosen + row[:, None] * WORDS + words[None, :], mask=exists, other=0)
-        many = number_of_bits(word)
-        rank = listed[:, None] + tl.cumsum(many, 1) - many
-        while tl.max(word != 0) > 0:
+    seen, first = tl.load(num_seen + block), tl.load(first_cluster + block)
+    word_at, to = chosen + row * WORDS, choice + row * num_retrieved
+    for w in range(0, (seen + 31) // 32):
+        word = tl.load(word_at + w, mask=inside, other=0)
+        while tl.max((word != 0).to(tl.int32), 0) > 0:
             lowest = word & -word
             # A power of two, whose exponent is the number of its bit.
             bit = ((lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
-            to = choice + row[:, None] * num_retrieved + rank
-            tl.store(to, first + words[None, :] * 32 + bit, mask=word != 0)
-            rank += 1
+            tl.store(to, first + w * 32 + bit, mask=word != 0)
+            to += (word != 0).to(tl.int32)
             word ^= lowest
-        listed += tl.sum(many, 1)
 
 
 def list_choice(chosen: torch.Tensor, layout: Layout, num_retrieved: int, block: int) -> torch.Tensor:

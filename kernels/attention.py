@@ -1,10 +1,16 @@
-"""The Triton backend: all stages of MuSe attention in order, forward and backward."""
+"""The Triton backend of the default setting: all stages in order, as two custom operators.
+
+Being custom operators, forward and backward are single nodes to torch.compile, whatever they launch.
+"""
+
+from collections.abc import Sequence
+from itertools import chain
 
 import torch
-from muse_hf.kernels.clustering import Clusters, cluster_keys
-from muse_hf.kernels.layout import layout_of
-from muse_hf.kernels.local import Saved, local_backward, local_forward
-from muse_hf.kernels.refinement import refine
+from muse_hf.kernels.clustering import PADDING, Clusters, cluster_keys
+from muse_hf.kernels.layout import count_clusters, layout_of
+from muse_hf.kernels.local import local_backward, local_forward
+from muse_hf.kernels.refinement import num_words, refine
 from muse_hf.kernels.refinement_backward import output_delta, query_backward, summary_backward
 from muse_hf.kernels.retrieval import Items, retrieve, retrieve_backward, sort_items
 from muse_hf.kernels.selection import MOST_RETRIEVED, list_choice
@@ -13,11 +19,13 @@ from triton import knobs
 from muse_hf.config import MuseConfig
 
 _LARGEST_HEAD_DIM = 256
+# Kernels run on the CPU if Triton was told so before it was imported.
+_INTERPRETED = knobs.runtime.interpret
 
 
 def reason_against(query: torch.Tensor, key: torch.Tensor, is_causal: bool, config: MuseConfig) -> str | None:
     """Why these kernels cannot serve a call, or None if they can. Shapes as in `triton_attention`."""
-    if not query.is_cuda and not knobs.runtime.interpret:
+    if not query.is_cuda and not _INTERPRETED:
         return f"they need a CUDA device, the inputs are on {query.device.type!r}"
     if query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
         return "they need compute capability 8.0 or newer"
@@ -39,7 +47,7 @@ def triton_attention(
     *,
     scale: float,
     config: MuseConfig,
-    sequences: tuple[tuple[int, int], ...],
+    sequences: Sequence[tuple[int, int]],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal MuSe attention, plain summaries and flat hierarchy.
 
@@ -51,54 +59,141 @@ def triton_attention(
     Returns:
         Output (B, H, N, D) and logsumexp (B, H, N) float32, zero outside the sequences.
     """
-    tensors = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
-    return _Attend.apply(*tensors, scale, config, sequences)
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    block = config.local_block
+    output, _, row_lse, *_ = _attention(
+        query, key, value, scale, list(chain.from_iterable(sequences)), block, config.clusters_for(block),
+        config.capacity_for(block), config.kmeans_iters, config.num_retrieved,
+    )  # fmt: skip
+    return output, row_lse.detach()
 
 
-class _Attend(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, query, key, value, scale, config, sequences):
-        batch, heads, length, head_dim = query.shape
-        block, groups = config.local_block, heads // key.shape[1]
-        per_block = config.clusters_for(block)
-        layout = layout_of(sequences, batch * length, block, per_block, query.device)
-        local, local_lse, saved = local_forward(query, key, value, layout, scale, block)
-        clusters = cluster_keys(
-            key, value, layout.key_start, block, per_block, config.capacity_for(block), config.kmeans_iters
-        )
-        output = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
-        lse = torch.empty_like(local_lse)
-        if layout.outside is not None:  # λ = ∞ makes all weights and so all gradients zero
-            output.zero_()
-            lse.fill_(torch.inf)
-        chosen = refine(
-            query, clusters, layout, local, local_lse, output, lse, scale, config.num_retrieved, block
-        )
-        choice = list_choice(chosen, layout, config.num_retrieved, block)
-        items = sort_items(choice.unflatten(0, (-1, groups)).flatten(1, 2), clusters.count.shape[1])
-        retrieve(query, key, value, clusters, choice, items, output, lse, scale)
-        ctx.save_for_backward(query, key, value, output, lse, *saved, chosen, choice, *items, *clusters)
-        ctx.scale, ctx.config, ctx.layout = scale, config, layout
-        if layout.outside is not None:
-            lse = lse.masked_fill(layout.outside, 0)
-        row_lse = lse.unflatten(1, (batch, -1)).transpose(0, 1)
-        ctx.mark_non_differentiable(row_lse)
-        return output, row_lse
+@torch.library.custom_op("muse_hf::flat_attention", mutates_args=())
+def _attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    sequences: Sequence[int],
+    block: int,
+    clusters_per_block: int,
+    capacity: int,
+    kmeans_iters: int,
+    num_retrieved: int,
+) -> list[torch.Tensor]:
+    """Output, logsumexp as kernels and as users index it, and what else the backward pass needs.
 
-    @staticmethod
-    def backward(ctx, grad, _):
-        query, key, value, output, lse, *rest = ctx.saved_tensors
-        saved, (chosen, choice) = Saved(*rest[:2]), rest[2:4]
-        items, clusters = Items(*rest[4:6]), Clusters(*rest[6:])
-        scale, layout, block = ctx.scale, ctx.layout, ctx.config.local_block
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        delta = output_delta(output, grad)
-        grads = local_backward(grad, query, key, value, output, lse, saved, layout, scale, block)
-        grad_means = summary_backward(
-            query, clusters, layout, chosen, grad, lse, delta, scale, block, ctx.config.clusters_for(block)
-        )
-        query_backward(query, clusters, layout, chosen, grad, lse, delta, grads[0], scale, block)
-        retrieve_backward(
-            query, key, value, grad, lse, delta, clusters, choice, items, grad_means, grads, scale
-        )
-        return *grads, None, None, None
+    Args:
+        sequences: First token id and length of each in turn.
+    """
+    batch, heads, length, head_dim = query.shape
+    groups = heads // key.shape[1]
+    layout = layout_of(tuple(sequences), batch * length, block, clusters_per_block, query.device)
+    local, local_lse = local_forward(query, key, value, layout, scale, block)
+    clusters = cluster_keys(key, value, layout.key_start, block, clusters_per_block, capacity, kmeans_iters)
+    output = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+    lse = torch.empty(heads, batch * length, device=query.device)
+    if layout.outside is not None:  # λ = ∞ makes all weights and so all gradients zero
+        output.zero_()
+        lse.fill_(torch.inf)
+    chosen = refine(query, clusters, layout, local, local_lse, output, lse, scale, num_retrieved, block)
+    choice = list_choice(chosen, layout, num_retrieved, block)
+    items = sort_items(choice.unflatten(0, (-1, groups)).flatten(1, 2), clusters.count.shape[1])
+    retrieve(query, key, value, clusters, choice, items, output, lse, scale)
+    row_lse = lse if layout.outside is None else lse.masked_fill(layout.outside, 0)
+    row_lse = row_lse.unflatten(1, (batch, -1)).transpose(0, 1).contiguous()
+    if row_lse.data_ptr() == lse.data_ptr():  # one row: an operator's results share no memory
+        row_lse = row_lse.clone()
+    return [output, lse, row_lse, chosen, choice, *items, *clusters]
+
+
+@_attention.register_fake
+def _(query, key, value, scale, sequences, block, clusters_per_block, capacity, iters, num_retrieved):
+    batch, heads, length, head_dim = query.shape
+    kv_heads, tokens = key.shape[1], batch * length
+    num_clusters, max_seen = count_clusters(sequences, block, clusters_per_block)
+    num_items = heads // kv_heads * tokens * num_retrieved
+    rows = kv_heads * num_clusters + PADDING
+
+    def new(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return query.new_empty(shape, dtype=dtype)
+
+    return [
+        new(batch, length, heads, head_dim, dtype=query.dtype).transpose(1, 2),
+        new(heads, tokens, dtype=torch.float32),
+        new(batch, heads, length, dtype=torch.float32),
+        new(heads, tokens, num_words(max_seen)),
+        new(heads, tokens, num_retrieved),
+        new(kv_heads, num_items),
+        new(kv_heads, num_clusters + 1),
+        new(kv_heads, num_clusters, capacity),
+        new(kv_heads, num_clusters),
+        new(rows, dtype=torch.float32),
+        new(rows, head_dim, dtype=query.dtype),
+        new(rows, head_dim, dtype=query.dtype),
+        new(rows, head_dim, dtype=torch.float32 if query.dtype == torch.float32 else torch.bfloat16),
+    ]
+
+
+@torch.library.custom_op("muse_hf::flat_attention_backward", mutates_args=())
+def _attention_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    chosen: torch.Tensor,
+    choice: torch.Tensor,
+    items: list[torch.Tensor],
+    clusters: list[torch.Tensor],
+    scale: float,
+    sequences: Sequence[int],
+    block: int,
+    clusters_per_block: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value."""
+    items, clusters = Items(*items), Clusters(*clusters)
+    tokens = query.shape[0] * query.shape[2]
+    layout = layout_of(tuple(sequences), tokens, block, clusters_per_block, query.device)
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    delta = output_delta(output, grad)
+    grads = local_backward(grad, query, key, value, output, lse, layout, scale, block)
+    grad_means = summary_backward(
+        query, clusters, layout, chosen, grad, lse, delta, scale, block, clusters_per_block
+    )
+    query_backward(query, clusters, layout, chosen, grad, lse, delta, grads[0], scale, block)
+    retrieve_backward(query, key, value, grad, lse, delta, clusters, choice, items, grad_means, grads, scale)
+    return tuple(_laid_out_like(share, tensor) for share, tensor in zip(grads, (query, key, value)))
+
+
+def _laid_out_like(share: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """With the strides that the fake kernel promises, which are those that library kernels choose as a rule."""
+    promised = torch.empty_like(tensor)
+    return share if share.stride() == promised.stride() else promised.copy_(share)
+
+
+@_attention_backward.register_fake
+def _(grad, query, key, value, *_):
+    return tuple(torch.empty_like(tensor) for tensor in (query, key, value))
+
+
+def _setup_context(ctx, inputs, output):
+    query, key, value, *settings = inputs
+    merged, lse, _, *rest = output
+    ctx.save_for_backward(query, key, value, merged, lse, *rest)
+    ctx.settings = settings[:4]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grads):
+    if grads[0] is None:
+        return (None,) * 10
+    query, key, value, output, lse, chosen, choice, *rest = ctx.saved_tensors
+    shares = _attention_backward(
+        grads[0], query, key, value, output, lse, chosen, choice, rest[:2], rest[2:], *ctx.settings
+    )
+    return *shares, *(None,) * 7
+
+
+_attention.register_autograd(_backward, setup_context=_setup_context)

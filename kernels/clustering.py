@@ -32,11 +32,11 @@ class Clusters(NamedTuple):
     Attributes:
         members: (Hkv, J, m) int32 token ids, -1 where there is none.
         count: (Hkv, J) int32 number of members.
-        log_mass: (Hkv, J) float32 log of the count, -inf if empty.
-        key_mean, value_mean: (Hkv, J, D) in the dtype of the keys.
-        key_variance: (Hkv, J, D) variance of the keys around their mean, bfloat16 for inputs of 16 bits.
+        log_mass: (Hkv * J + PADDING,) float32 log of the count, -inf if empty.
+        key_mean, value_mean: (Hkv * J + PADDING, D) in the dtype of the keys.
+        key_variance: The same of the keys around their mean, bfloat16 for inputs of 16 bits.
 
-    The last four have PADDING more entries behind the last, so that tiles need no masks to read beyond it.
+    Thanks to the padding, which is zero, tiles need no masks to read beyond the last cluster.
     """
 
     members: torch.Tensor
@@ -94,10 +94,11 @@ def cluster_keys(
     centroids = kmeans(key, key, sets, iters)
     points = sort_by_cluster(key, key, sets, centroids)
     members, count = members_with_capacity(key, sets, centroids, points)
-    log_mass = _padded(heads, sets.num_key_rows, dtype=torch.float32, device=key.device)
+    rows = heads * sets.num_key_rows + PADDING
+    log_mass = torch.zeros(rows, dtype=torch.float32, device=key.device)
     spread = torch.float32 if key.dtype == torch.float32 else torch.bfloat16  # float16 would overflow
     key_mean, value_mean, key_variance = (
-        _padded(heads, sets.num_key_rows, head_dim, dtype=dtype, device=key.device)
+        torch.zeros(rows, head_dim, dtype=dtype, device=key.device)
         for dtype in (key.dtype, key.dtype, spread)
     )
     _means_kernel[(sets.num_key_rows, heads)](
@@ -127,9 +128,3 @@ def _key_sets(key_start: torch.Tensor, length: int, size: int, num_clusters: int
         for start in key_start.tolist()
     ]
     return point_sets(sets, [], key_start.device)
-
-
-def _padded(heads: int, rows: int, *width: int, **options) -> torch.Tensor:
-    """Zeros (heads, rows, *width) followed in memory by PADDING more rows of zeros."""
-    flat = torch.zeros(heads * rows + PADDING, *width, **options)
-    return flat[: heads * rows].unflatten(0, (heads, rows))

@@ -8,6 +8,7 @@ that those seen by one block of queries are consecutive.
 Token ids count over the whole batch: token t of row b is b * N + t.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -65,18 +66,25 @@ class Layout:
         return self.block_start, self.block_length, self.first_cluster, self.num_seen
 
 
+def count_clusters(sequences: Sequence[int], block: int, clusters_per_block: int) -> tuple[int, int]:
+    """Clusters of the whole batch, and the most that one block sees. Sequences as in `layout_of`."""
+    key_blocks = [(length - 1) // block for length in sequences[1::2]]
+    return sum(key_blocks) * clusters_per_block, max(key_blocks) * clusters_per_block
+
+
 @lru_cache(maxsize=32)
 def layout_of(
-    sequences: tuple[tuple[int, int], ...],
+    sequences: tuple[int, ...],
     num_tokens: int,
     block: int,
     clusters_per_block: int,
     device: torch.device,
 ) -> Layout:
-    """The layout of sequences given as (first token id, number of tokens), in a batch of `num_tokens`.
+    """The layout of sequences given by first token id and length, each in turn, in a batch of `num_tokens`.
 
     Cached, for the layers of a model share the layout of a batch. Sequences are in ascending order.
     """
+    sequences = [*zip(sequences[::2], sequences[1::2])]
     blocks, keys, tiles, bounds = [], [], [], [0]
     for start, length in sequences:
         first = len(keys) * clusters_per_block

@@ -4,40 +4,31 @@ Its backward is fed with the merged output and logsumexp and so gives the local 
 the library's kernel does not serve (float32, or no GPU) takes the reference's exact attention.
 """
 
-from typing import NamedTuple
-
 import torch
 from muse_hf.kernels.layout import Layout
 
 from muse_hf.reference.exact import exact_backward, exact_forward
 
 
-class Saved(NamedTuple):
-    """What cuDNN's backward wants back, of dropout that is not there. Empty for other kernels."""
-
-    philox_seed: torch.Tensor | None = None
-    philox_offset: torch.Tensor | None = None
-
-
 def local_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, block: int
-) -> tuple[torch.Tensor, torch.Tensor, Saved]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Output (B, H, N, D) and logsumexp (H, B * N) float32 of each block by itself."""
     batch = query.shape[0]
     if _has_library_kernel(query) and layout.even:
         blocks = (_as_blocks(tensor, block) for tensor in (query, key, value))
-        output, lse, _, _, _, _, *saved, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        output, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             *blocks, None, True, 0.0, True, False, scale=scale
         )
         lse = lse.squeeze(-1).transpose(0, 1).flatten(1)
-        return _from_blocks(output, batch), lse, Saved(*saved)
+        return _from_blocks(output, batch), lse
     if _has_library_kernel(query):
         ends = layout.bounds
         rows = (_as_rows(tensor) for tensor in (query, key, value))
         output, lse, *_ = torch.ops.aten._flash_attention_forward(
             *rows, ends, ends, block, block, 0.0, True, False, scale=scale
         )
-        return _from_rows(output, batch), lse, Saved()
+        return _from_rows(output, batch), lse
     tokens, inside = _block_tokens(layout, block)
     q, k, v = (_fold(tensor, tokens, key.shape[1]) for tensor in (query * scale, key, value))
     folded, folded_lse = exact_forward(q, k[:, 0], v[:, 0], is_causal=True)
@@ -45,20 +36,21 @@ def local_forward(
     _unfold(folded, tokens, inside, output)
     lse = torch.zeros(*query.shape[:3], 1, device=query.device)
     _unfold(folded_lse[..., None].float(), tokens, inside, lse)
-    return output, lse.transpose(0, 1).flatten(1), Saved()
+    return output, lse.transpose(0, 1).flatten(1)
 
 
 def local_backward(
     grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor,
-    lse: torch.Tensor, saved: Saved, layout: Layout, scale: float, block: int,
+    lse: torch.Tensor, layout: Layout, scale: float, block: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Local share of the gradients of query, key and value, given the merged output and logsumexp."""
     batch = query.shape[0]
-    if saved.philox_seed is not None:
+    if _has_library_kernel(query) and layout.even:
         blocks = (_as_blocks(tensor, block) for tensor in (grad, query, key, value, output))
         block_lse = lse.unflatten(1, (-1, block)).transpose(0, 1)[..., None].contiguous()
+        no_dropout = torch.zeros(1, dtype=torch.int64, device=query.device)  # the state of its generator
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            *blocks, block_lse, *saved, None, None, None, block, block, 0.0, True, scale=scale
+            *blocks, block_lse, no_dropout, no_dropout, None, None, None, block, block, 0.0, True, scale=scale
         )
         return tuple(_from_blocks(share, batch) for share in grads)
     if _has_library_kernel(query):

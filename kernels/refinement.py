@@ -127,6 +127,11 @@ def _forward_kernel(
         )
 
 
+def num_words(max_seen: int) -> int:
+    """Words of 32 bits for as many clusters, whole tiles of them."""
+    return -(-max_seen // TILE) * (TILE // 32)
+
+
 def refine(
     query: torch.Tensor, clusters: Clusters, layout: Layout, local: torch.Tensor, local_lse: torch.Tensor,
     output: torch.Tensor, lse: torch.Tensor, scale: float, num_retrieved: int, block: int,
@@ -141,8 +146,8 @@ def refine(
         Words of clusters that a query does not see are not written.
     """
     batch, heads, length, head_dim = query.shape
-    num_words = triton.cdiv(layout.max_seen, TILE) * (TILE // 32)
-    chosen = torch.empty(heads, batch * length, num_words, dtype=torch.int32, device=query.device)
+    words = num_words(layout.max_seen)
+    chosen = torch.empty(heads, batch * length, words, dtype=torch.int32, device=query.device)
     launch = _LAUNCH if head_dim <= 64 else _WIDE_LAUNCH
     grid = (triton.cdiv(block, launch["BLOCK_Q"]), heads, layout.block_start.shape[0])
     _forward_kernel[grid](
@@ -150,6 +155,6 @@ def refine(
         *layout.query_blocks, local, local_lse, output, lse, chosen, *token_strides(query, local, output),
         batch * length, clusters.count.shape[1], num_retrieved, scale,
         GROUP_HEADS=heads // clusters.count.shape[0], HEAD_DIM=head_dim, BLOCK_D=power_of_two(head_dim),
-        STEPS=28 if query.dtype == torch.float32 else 16, WORDS=num_words, **launch,
+        STEPS=28 if query.dtype == torch.float32 else 16, WORDS=words, **launch,
     )  # fmt: skip
     return chosen

@@ -158,7 +158,8 @@ def summary_backward(
     lse: torch.Tensor, delta: torch.Tensor, scale: float, block: int, clusters_per_block: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Gradients (Hkv, J, D) float32 of the key and value means."""
-    kv_heads, num_clusters, head_dim = clusters.key_mean.shape
+    kv_heads, num_clusters = clusters.count.shape
+    head_dim = query.shape[3]
     groups = query.shape[1] // kv_heads
     tiles = layout.summary_tiles
     num_tiles = tiles.first.shape[0]

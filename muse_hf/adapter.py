@@ -58,7 +58,7 @@ def _check_name(check: Callable[..., str]) -> Callable[..., str]:
     return checked
 
 
-@torch.compiler.disable  # the reference is not meant to be traced: a compiled model calls it between graphs
+@torch.compiler.disable  # looks the policy up at every call, which patching may have changed
 def muse_attention_forward(
     module: torch.nn.Module,
     query: torch.Tensor,

@@ -138,6 +138,7 @@ def _sequences(query: torch.Tensor, segments: Segments | None) -> tuple[tuple[in
     return tuple(sorted(zip(starts, segments.lengths)))
 
 
+@torch.compiler.disable  # it is not meant to be traced: a compiled model calls it between two graphs
 def _reference(
     query: torch.Tensor,
     key: torch.Tensor,

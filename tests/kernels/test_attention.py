@@ -2,26 +2,47 @@
 
 import pytest
 import torch
+from muse_hf.kernels import attention
+from torch.utils.checkpoint import checkpoint
 
-from muse_hf import MuseConfig, muse_attention
+from muse_hf import MuseConfig, Segments, muse_attention
+from tests.kernels.dense import dense_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CONFIG = MuseConfig(local_block=16, cluster_size=4, num_retrieved=2, backend="triton")
+CONFIG = MuseConfig(
+    local_block=16, cluster_size=4, num_retrieved=2, kmeans_iters=1, cluster_cap=1.5, backend="triton"
+)
+# Triton's interpreter multiplies bfloat16 as if it were integers.
+LOW = (torch.float16, torch.bfloat16) if torch.cuda.is_available() else (torch.float16,)
+NAMES = ("output", "logsumexp", "query gradient", "key gradient", "value gradient")
 
 
-def inputs(batch=1, heads=2, kv_heads=1, length=70, head_dim=16):
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty gives NaN and large integers, so that nothing rests on what memory happens to hold."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def inputs(batch=1, heads=2, kv_heads=1, length=70, head_dim=16, dtype=torch.float32):
+    """Query, key, value and a gradient of the output, as models lay them out."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(batch, length, h, head_dim) for h in (heads, kv_heads, kv_heads, heads)]
-    return [torch.randn(s, generator=generator).to(DEVICE).transpose(1, 2) for s in shapes]
+    return [torch.randn(s, generator=generator).to(DEVICE, dtype).transpose(1, 2) for s in shapes]
 
 
-def results(tensors, config):
+def results(tensors, config, segments=None):
     """Output, logsumexp and the gradients of query, key and value."""
     *leaves, grad = tensors
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in leaves]
-    output, lse = muse_attention(*leaves, is_causal=True, config=config, return_lse=True)
-    output.backward(grad)
-    return [output, lse, *(leaf.grad for leaf in leaves)]
+    leaves = [tensor.detach().requires_grad_() for tensor in leaves]
+    output, lse = muse_attention(*leaves, is_causal=True, config=config, segments=segments, return_lse=True)
+    return [output, lse, *torch.autograd.grad(output, leaves, grad)]
+
+
+def error(actual, exact):
+    return ((actual.double() - exact).norm() / exact.norm()).item()
 
 
 @pytest.mark.parametrize(
@@ -32,17 +53,95 @@ def results(tensors, config):
         ({"length": 39, "head_dim": 24}, {"cluster_size": 2, "kmeans_iters": 2, "cluster_cap": 2.0}),
         ({"heads": 1, "length": 64}, {"num_retrieved": 100}),
         ({"heads": 1, "length": 40}, {"kmeans_iters": 0, "cluster_cap": 1.0}),
+        ({"heads": 1, "length": 33, "head_dim": 80}, {"num_clusters": 1}),
     ],
-    ids=["grouped heads", "batch of full blocks", "odd sizes", "all retrieved", "balanced clusters"],
+    ids=["grouped heads", "full blocks", "odd sizes", "all retrieved", "balanced", "one cluster"],
 )
 def test_kernels_compute_what_the_reference_does(shape, changes):
     config = CONFIG.replace(**changes)
     tensors = inputs(**shape)
     expected = results([tensor.double() for tensor in tensors], config.replace(backend="reference"))
-    names = ("output", "logsumexp", "query gradient", "key gradient", "value gradient")
-    for name, actual, exact in zip(names, results(tensors, config), expected):
-        error = (actual.double() - exact).norm() / exact.norm()
-        assert error < 2e-6, f"{name}: relative error {error:.1e}"
+    for name, actual, exact in zip(NAMES, results(tensors, config), expected):
+        assert error(actual, exact) < 2e-6, f"{name}: relative error {error(actual, exact):.1e}"
+
+
+def test_strided_inputs():
+    """Views of one tensor that holds query, key and value side by side, as in GPT-2."""
+    fused = torch.randn(2, 40, 3, 1, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    views = [fused[:, :, i].transpose(1, 2) for i in range(3)]
+    tensors = [*views, views[0].flip(0)]
+    copies = [tensor.contiguous() for tensor in tensors]
+    for name, actual, expected in zip(NAMES, results(tensors, CONFIG), results(copies, CONFIG)):
+        assert torch.equal(actual, expected), name
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_low_precision_costs_no_more_than_in_pytorch(dtype):
+    """With clusters and choices held equal, the error is at most twice that of the formula in PyTorch."""
+    *leaves, grad = inputs(heads=4, kv_heads=2, length=52, dtype=dtype)
+    config = CONFIG.replace(num_retrieved=3)
+    leaves = [tensor.requires_grad_() for tensor in leaves]
+    scale, block = 0.25, config.local_block
+    stages = attention._attention(
+        *leaves, scale, [0, 52], block, config.clusters_for(block), config.capacity_for(block), 1, 3
+    )
+    actual = [stages[0], stages[2], *torch.autograd.grad(stages[0], leaves, grad)]
+
+    def dense(precision):
+        inputs = [leaf.detach().to(precision).requires_grad_() for leaf in leaves]
+        output, lse = dense_attention(*inputs, stages[7], stages[4], block, scale)
+        return [output, lse, *torch.autograd.grad(output, inputs, grad.to(precision))]
+
+    for name, got, exact, low in zip(NAMES, actual, dense(torch.float64), dense(dtype)):
+        assert error(got, exact) < 2 * error(low, exact) + 1e-6, (
+            f"{name}: relative error {error(got, exact):.1e}, PyTorch's {error(low, exact):.1e}"
+        )
+
+
+@pytest.mark.skipif(
+    DEVICE == "cpu", reason="the interpreter cannot multiply bfloat16, which scores are made of"
+)
+@pytest.mark.parametrize("low", LOW)
+def test_few_choices_differ_in_low_precision(low):
+    query, key, value, _ = inputs(heads=1, length=64)
+    choices = []
+    for dtype in (torch.float32, low):
+        stages = attention._attention(
+            *(tensor.to(low).to(dtype) for tensor in (query, key, value)),
+            0.25, [0, 64], 16, 4, 6, 1, 3,
+        )  # fmt: skip
+        choices.append(stages[4])
+    same = (choices[0] == choices[1]).float().mean().item()
+    assert same > 0.9, f"{1 - same:.0%} of the choices differ"
+
+
+def test_packed_and_padded_sequences_equal_each_alone():
+    """Documents of several lengths, short ones too, with padding before, between and behind them."""
+    segments = Segments((2, 60), rows=[0, 0, 1], starts=[3, 13, 0], lengths=[8, 44, 41])
+    tensors = inputs(batch=2, heads=1, length=60)
+    together = results(tensors, CONFIG, segments)
+    outside = ~segments.token_mask(tensors[0].device)
+    for name, result in zip(NAMES, together):
+        assert (result[outside[:, None].expand(result.shape[:3])] == 0).all(), f"{name} outside the sequences"
+    for row, start, length in zip(segments.rows, segments.starts, segments.lengths):
+        part = slice(start, start + length)
+        alone = [tensor[row : row + 1, :, part] for tensor in tensors]
+        config = CONFIG if length > CONFIG.local_block else CONFIG.replace(backend="reference")
+        for name, result, expected in zip(NAMES, together, results(alone, config)):
+            torch.testing.assert_close(
+                result[row : row + 1, :, part],
+                expected,
+                rtol=1e-5,
+                atol=1e-6,
+                msg=lambda m, n=name: f"{n}: {m}",
+            )
+
+
+def test_a_prefix_gives_the_prefix():
+    tensors = inputs(heads=1, length=61)
+    whole = muse_attention(*tensors[:3], is_causal=True, config=CONFIG)
+    prefix = muse_attention(*(t[:, :, :40] for t in tensors[:3]), is_causal=True, config=CONFIG)
+    torch.testing.assert_close(whole[:, :, :40], prefix, rtol=1e-5, atol=1e-6)
 
 
 def test_the_same_inputs_give_the_same_bits():
@@ -51,11 +150,69 @@ def test_the_same_inputs_give_the_same_bits():
         assert torch.equal(first, second)
 
 
+def test_identical_keys_are_all_alike():
+    """All scores are equal, so far more clusters than r reach the threshold: r are taken, and it is exact."""
+    query, key, value, _ = inputs(heads=1, length=64)
+    key = key[:, :, :1].expand_as(key)
+    stages = attention._attention(query, key, value, 0.25, [0, 64], 16, 4, 6, 1, 2)
+    assert (stages[4][0, 16:] >= 0).all(), "a query retrieves fewer clusters than there are"
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query[:, :, :16], key[:, :, :16], value[:, :, :16], is_causal=True, scale=0.25
+    )
+    torch.testing.assert_close(stages[0][:, :, :16], expected, rtol=1e-5, atol=1e-6)
+    mean = value.cumsum(2) / torch.arange(1, 65, device=value.device)[:, None]
+    torch.testing.assert_close(stages[0], mean, rtol=1e-5, atol=1e-6)
+
+
+def test_operators_are_declared_rightly():
+    query, key, value, _ = inputs(length=40)
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(attention._attention, (*leaves, 0.25, [0, 40], 16, 4, 6, 1, 2), test_utils=tests)
+
+
+def test_compiled_in_one_graph():
+    tensors = inputs(length=40)
+    compiled = torch.compile(results_of_one_graph, fullgraph=True, backend="aot_eager")
+    leaves = [tensor.requires_grad_() for tensor in tensors[:3]]
+    for function in (results_of_one_graph, compiled):
+        function(*leaves).backward()
+    for name, leaf, expected in zip(NAMES[2:], leaves, results_without_graph(tensors)):
+        torch.testing.assert_close(leaf.grad, 2 * expected, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def results_of_one_graph(query, key, value):
+    return muse_attention(query, key, value, is_causal=True, config=CONFIG).square().sum()
+
+
+def results_without_graph(tensors):
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors[:3]]
+    return torch.autograd.grad(results_of_one_graph(*leaves), leaves)
+
+
+def test_gradient_checkpointing_changes_no_bit():
+    tensors = inputs(length=40)
+    leaves = [tensor.requires_grad_() for tensor in tensors[:3]]
+    checkpoint(results_of_one_graph, *leaves, use_reentrant=False).backward()
+    for name, leaf, expected in zip(NAMES[2:], leaves, results_without_graph(tensors)):
+        assert torch.equal(leaf.grad, expected), name
+
+
+def test_autocast_computes_in_its_dtype():
+    query, key, value, _ = inputs(heads=1, length=40)
+    with torch.autocast(DEVICE, dtype=torch.float16):
+        output = muse_attention(query, key, value.half(), is_causal=True, config=CONFIG)
+    low = muse_attention(*(t.half() for t in (query, key, value)), is_causal=True, config=CONFIG)
+    assert output.dtype == torch.float16
+    assert torch.equal(output, low)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"summaries": "tilted", "hierarchy": "dyadic"}, "they serve causal attention with summaries"),
         ({"num_retrieved": 0}, "and retrieval so far"),
+        ({"num_retrieved": 1000}, "num_retrieved=1000 is more than"),
         ({"local_block": 128}, "no longer than local_block are exact attention"),
     ],
 )

@@ -18,10 +18,14 @@ from transformers import (
 
 # MuSe for the 2048 tokens of the default job: far blocks of 256, 512 and 1024 tokens.
 SMALL_MUSE = {"local_block": 256, "hierarchy": "dyadic", "cluster_size": 16, "num_retrieved": 16}
-NO_DROPOUT = {
-    "gpt2": {"attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
-    "llama": {"attention_dropout": 0.0},
-}
+DROPOUTS = (
+    "attention_dropout",
+    "attention_probs_dropout_prob",
+    "attn_pdrop",
+    "embd_pdrop",
+    "hidden_dropout_prob",
+    "resid_pdrop",
+)
 
 
 def model_config(
@@ -29,8 +33,13 @@ def model_config(
 ) -> PretrainedConfig:
     """The configuration of the model to train, without dropout, which MuSe has none of."""
     if arguments.checkpoint is None:
-        return config_from_shape(arguments, tokenizer, context_length)
-    return config_from_checkpoint(arguments.checkpoint, len(tokenizer), context_length)
+        config = config_from_shape(arguments, tokenizer, context_length)
+    else:
+        config = config_from_checkpoint(arguments.checkpoint, len(tokenizer), context_length)
+    for name in DROPOUTS:
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    return config
 
 
 def config_from_shape(
@@ -57,7 +66,6 @@ def config_from_shape(
         "tie_word_embeddings": True,
         # Keeps activations at their size; the usual 0.02 does so at width 2500 and slows small models down.
         "initializer_range": width**-0.5,
-        **NO_DROPOUT[shape.family],
     }
     if shape.family == "llama":
         common |= {"num_key_value_heads": kv_heads, "intermediate_size": shape.mlp * width // shape.width}
@@ -82,8 +90,6 @@ def config_from_checkpoint(checkpoint: str, vocab_size: int, context_length: int
             f"--context_length of {context_length}."
         )
     vars(config).pop("muse", None)  # the setting of a MuSe model; this run's own, if any, comes by `use_muse`
-    for field, value in NO_DROPOUT.get(config.model_type, {}).items():
-        setattr(config, field, value)
     return config
 
 
@@ -98,21 +104,35 @@ def build_model(checkpoint: str | None, config: PretrainedConfig) -> PreTrainedM
     return model
 
 
-def muse_settings(arguments: MuseArguments, num_layers: int) -> Any:
+def check_model(config: PretrainedConfig, layers: str, muse_config: Any) -> None:
+    """Try without weights whether a model can be trained, so that nothing has to be trained to find out.
+
+    Raises:
+        UsageError: It does not work here, looks at later tokens, or has a layer that MuSe does not support.
+    """
+    try:
+        with torch.device("meta"):
+            model = build_model(None, config)
+        if muse_config is not None:
+            use_muse(model, layers, muse_config)
+    except ValueError as error:
+        reason = str(error).split("\n")[0].split(". ")[0].rstrip(".")
+        raise UsageError(f"this model cannot be trained: {reason}.") from error
+    if not all(getattr(module, "is_causal", True) for module in model.modules()):
+        raise UsageError(f"a {config.model_type!r} model attends to later tokens, which it is to predict.")
+
+
+def muse_settings(arguments: MuseArguments) -> Any:
     """The `muse_hf.MuseConfig` that the arguments ask for."""
     import muse_hf
 
     given = {name: value for name, value in dataclasses.asdict(arguments).items() if value is not None}
     del given["layers"], given["paper"]
-    layers = muse_layers(arguments.layers)
     try:
         base = muse_hf.MuseConfig.paper() if arguments.paper else muse_hf.MuseConfig(**SMALL_MUSE)
-        config = base.replace(**given)
-        if isinstance(layers, list):
-            config.replace(layers=layers).layer_indices(num_layers)
+        return base.replace(**given)
     except ValueError as error:
         raise UsageError(f"{error}.") from error
-    return config
 
 
 def muse_layers(text: str) -> str | list[int]:

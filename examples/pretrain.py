@@ -48,7 +48,7 @@ from corpus import (
     train_tokenizer,
     training_windows,
 )
-from models import build_model, model_config, muse_settings, parameter_groups, use_muse
+from models import build_model, check_model, model_config, muse_settings, parameter_groups, use_muse
 from pretrain_arguments import Arguments, DataArguments, RunArguments, parse_arguments
 from records import DivergedError, Progress, Recorder, read_json, write_json
 from report import plot_losses, summarize, summary_text
@@ -151,7 +151,7 @@ def new_folder(output_dir: str | None) -> Path:
 
 def make_accelerator(run: RunArguments, folder: Path) -> Accelerator:
     """The Accelerator that launches, accumulates, clips, logs and saves."""
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=run.mixed_precision,
         # A step is always the mean of the same number of windows, also across the end of an epoch.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -161,6 +161,10 @@ def make_accelerator(run: RunArguments, folder: Path) -> Accelerator:
         log_with="tensorboard",
         project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "tensorboard")),
     )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # Accelerate would train in float32 without a word.
+        raise UsageError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no.")
+    return accelerator
 
 
 def prepare(arguments: Arguments, accelerator: Accelerator, folder: Path) -> Job:
@@ -168,15 +172,20 @@ def prepare(arguments: Arguments, accelerator: Accelerator, folder: Path) -> Job
     model, data, run = arguments.model, arguments.data, arguments.run
     corpus = load_corpus(data)
     tokenizer = load_tokenizer(arguments, corpus, folder / "tokenizer")
+    prompt = len(prompt_tokens(tokenizer, run.prompt))
+    if not 0 < prompt < data.context_length:
+        raise UsageError(
+            f"--prompt has {prompt} tokens, but must have at least one and fewer than --context_length "
+            f"({data.context_length})."
+        )
     config = model_config(model, tokenizer, data.context_length)
-    muse_config = None
-    if "muse" in run.attentions:
-        muse_config = muse_settings(arguments.muse, config.num_hidden_layers)
-        if data.context_length <= muse_config.local_block:
-            accelerator.print(
-                f"Note: a window of {data.context_length} tokens is not longer than local_block "
-                f"({muse_config.local_block}), so that MuSe attends exactly."
-            )
+    muse_config = muse_settings(arguments.muse) if "muse" in run.attentions else None
+    check_model(config, arguments.muse.layers, muse_config)
+    if muse_config and data.context_length <= muse_config.local_block:
+        accelerator.print(
+            f"Note: a window of {data.context_length} tokens is not longer than local_block "
+            f"({muse_config.local_block}), so that MuSe attends exactly."
+        )
     batch = run.batch_size * accelerator.num_processes
     windows_per_step = batch * run.gradient_accumulation_steps
     needed = run.steps * windows_per_step
@@ -215,6 +224,8 @@ def load_tokenizer(arguments: Arguments, corpus: Corpus, saved: Path) -> PreTrai
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UsageError(f"no tokenizer could be opened at {name!r}.") from error
+    if len(tokenizer) < 2:  # Transformers makes up an empty one where a folder has a model only
+        raise UsageError(f"there is no tokenizer at {name!r}; name another one with --tokenizer.")
     if tokenizer.eos_token_id is None:
         raise UsageError(f"the tokenizer {name!r} has no end-of-text token to put between documents.")
     return tokenizer
@@ -383,26 +394,32 @@ def save_result(
         "seconds_per_step": progress.seconds / progress.step,
         "tokens_per_second": tokens / progress.seconds,
         "model": f"{folder.name}/model",  # in the folder of the run, which may move
-        "sample": sample_text(model, job.tokenizer, job.arguments.run),
+        "sample": sample_text(job, model),
     }
     write_json(folder / "result.json", result)
 
 
 @torch.no_grad()
-def sample_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, run: RunArguments) -> str:
-    """Text that the model continues from the prompt, drawn with the run's seed."""
+def sample_text(job: Job, model: PreTrainedModel) -> str:
+    """Text that the model continues from the prompt within one window, drawn with the run's seed."""
+    run = job.arguments.run
     set_seed(run.seed)
-    prompt = tokenizer(run.prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
+    prompt = torch.tensor([prompt_tokens(job.tokenizer, run.prompt)], device=model.device)
     model.eval()
     tokens = model.generate(
-        input_ids=prompt["input_ids"],
-        attention_mask=prompt["attention_mask"],
-        max_new_tokens=run.sample_tokens,
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=min(run.sample_tokens, job.arguments.data.context_length - prompt.shape[1]),
         do_sample=True,
         temperature=0.8,
-        pad_token_id=tokenizer.eos_token_id,
+        pad_token_id=job.tokenizer.eos_token_id,
     )
-    return tokenizer.decode(tokens[0], skip_special_tokens=True)
+    return job.tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
+    """The tokens of the prompt, without special ones."""
+    return tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from transformers import HfArgumentParser
 
 # Arguments that a resumed run may change, because the losses do not depend on them.
 FREE_ON_RESUME = {"output_dir", "resume", "log_every", "checkpoint_every", "keep_checkpoints"}
-MAY_BE_ZERO = {"warmup_steps", "weight_decay", "seed", "num_retrieved", "kmeans_iters", "sample_tokens"}
+MAY_BE_ZERO = {"warmup_steps", "weight_decay", "seed", "num_retrieved", "kmeans_iters"}
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,9 @@ class RunArguments:
     checkpoint_every: int = option(70, "Steps between two checkpoints.")
     keep_checkpoints: int = option(2, "Newest checkpoints of each attention that are kept.")
     prompt: str = option("def ", "Start of the text that is generated at the end.")
-    sample_tokens: int = option(120, "Tokens that are generated at the end.")
+    sample_tokens: int = option(
+        120, "Tokens that are generated at the end, at most as many as fill a window."
+    )
 
     @property
     def attentions(self) -> list[str]:
@@ -311,5 +313,3 @@ def check(arguments: Arguments) -> None:
         raise UsageError("--held_out_every and --context_length must be at least 2.")
     if values["checkpoint"] is None and values["shape"] not in SHAPES:
         raise UsageError(f"there is no shape {values['shape']!r}: the shapes are {', '.join(SHAPES)}.")
-    if not values["prompt"]:
-        raise UsageError("--prompt must not be empty.")

@@ -12,11 +12,12 @@ import sys
 import time
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -391,6 +392,90 @@ def test_a_checkpoint_trains_on_with_muse_in_low_precision(uninterrupted, folder
     assert "muse" not in config, f"the exact model has a setting of MuSe:\n{config}"
 
 
+@pytest.fixture(scope="module")
+def other_checkpoints(tokenizer, tmp_path_factory) -> Path:
+    """A folder of configs of other families, all that a refusal needs, each with a tokenizer but for one."""
+    path = tmp_path_factory.mktemp("checkpoints")
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    small |= {"vocab_size": len(tokenizer), "num_key_value_heads": 2}
+    neo = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]}
+    for name, family, options in (
+        ("windows", "mistral", small | {"sliding_window": 16}),
+        ("bert", "bert", small),
+        ("t5", "t5", {}),
+        ("gpt_neo", "gpt_neo", neo | {"vocab_size": len(tokenizer)}),
+        ("no-tokenizer", "gpt2", {}),
+    ):
+        AutoConfig.for_model(family, **options).save_pretrained(path / name)
+        if name != "no-tokenizer":
+            tokenizer.save_pretrained(path / name)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [
+        ("windows", "layers [0, 1] of 'mistral' have a sliding window of 16 tokens"),
+        ("bert", "a 'bert' model attends to later tokens"),
+        ("t5", "cannot be trained: Unrecognized configuration class"),
+        ("gpt_neo", "cannot be trained: GPTNeoForCausalLM does not support"),
+        ("no-tokenizer", "no-tokenizer'; name another one with --tokenizer"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_refused_first(
+    checkpoint, message, folder, other_checkpoints, tmp_path, capsys
+):
+    """With both attentions, of which only the second is refused: not after the first has been trained."""
+    where = ["--text", folder, "--output_dir", tmp_path / "new", *TINY]
+    assert run(*where, "--checkpoint", other_checkpoints / checkpoint) == 2
+    printed = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in printed, printed
+    assert not (tmp_path / "new").exists(), "a refused run left a folder behind"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen2"])
+def test_dropout_of_a_checkpoint_is_turned_off(family, tokenizer, tmp_path):
+    drop = {"gpt2": "resid_pdrop", "qwen2": "attention_dropout"}[family]
+    AutoConfig.for_model(family, vocab_size=len(tokenizer), **{drop: 0.3}).save_pretrained(tmp_path)
+    config = model_config(ModelArguments(checkpoint=str(tmp_path)), tokenizer, 64)
+    assert getattr(config, drop) == 0, f"{drop} of a {family} checkpoint stays {getattr(config, drop)}"
+
+
+def test_a_sample_longer_than_the_window_ends_with_it(folder, tmp_path):
+    """GPT-2 has no position for more."""
+    where = ["--text", folder, "--output_dir", tmp_path / "new", "--attention", "exact", *TINY]
+    assert run(*where, "--shape", "gpt2-tiny", "--steps", 1, "--sample_tokens", 100) == 0
+
+
+def test_a_named_dataset_is_the_same_streamed_and_not(folder, tmp_path, capsys):
+    texts = [path.read_text() for path in sorted(folder.iterdir())]
+    dataset = datasets.Dataset.from_dict({"number": range(len(texts)), "body": texts})
+    dataset.to_parquet(tmp_path / "dataset" / "train.parquet")
+    where = ["--dataset_name", tmp_path / "dataset", "--attention", "exact", *TINY, "--steps", 4]
+    assert run(*where, "--output_dir", tmp_path / "none") == 2
+    message = capsys.readouterr().err
+    assert "no text in a column 'text'; its columns are ['body', 'number']" in message, message
+
+    where += ["--text_column", "body"]
+    for name, how in {"whole": [], "streamed": ["--streaming", "--shuffle_buffer", 8]}.items():
+        assert run(*where, "--output_dir", tmp_path / name, *how) == 0
+    whole, streamed = (read_config(tmp_path / name) for name in ("whole", "streamed"))
+    assert whole["held_out_sha256"] == streamed["held_out_sha256"], "other documents are held out"
+    first, last = (float(losses(tmp_path / "streamed")[index][1]) for index in (0, -1))
+    assert last < first, f"the loss goes from {first} to {last}"
+
+
+def read_config(output: Path) -> dict:
+    return json.loads((output / "config.json").read_text())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU for fp16")
+def test_fp16_without_a_gpu_is_refused(folder, tmp_path, capsys):
+    """Accelerate would train in float32 without a word."""
+    assert run("--text", folder, "--output_dir", tmp_path / "new", *TINY, "--mixed_precision", "fp16") == 2
+    assert "fp16 needs a GPU" in capsys.readouterr().err
+
+
 def test_existing_folder_is_refused_and_untouched(folder, tmp_path, capsys):
     tmp_path.joinpath("mine").write_text("precious")
     assert run("--text", folder, "--output_dir", tmp_path, *TINY) == 2
@@ -425,6 +510,9 @@ def test_default_folder_is_the_next_free_one(tmp_path, monkeypatch):
         (["--layers", "7"], "layer 7 is out of range"),
         (["--cluster_size", "512"], "MuseConfig.cluster_size=512"),
         (["--steps", "0"], "--steps 0 is too small"),
+        (["--sample_tokens", "0"], "--sample_tokens 0 is too small"),
+        (["--prompt", ""], "--prompt has 0 tokens"),
+        (["--prompt", "abc " * 100], "fewer than --context_length (64)"),
         (["--epochs", "3"], "no argument '--epochs'"),
         (["--compare", "--attention", "muse"], "not both"),
         (["--resume"], "nothing to resume"),

@@ -64,13 +64,20 @@ class Segments:
     @classmethod
     def from_position_ids(cls, position_ids: torch.Tensor) -> "Segments":
         """From positions (rows, tokens) that restart at each document of a packed row."""
+        if position_ids.ndim != 2:
+            raise ValueError(f"positions must have shape (rows, tokens), got {tuple(position_ids.shape)}")
         restart = torch.diff(position_ids, dim=1, prepend=position_ids[:, :1]) != 1
         return cls.from_ids(restart.cumsum(1))
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: torch.Tensor) -> "Segments":
         """From the cumulative lengths [0, n1, n1 + n2, ...] of the documents packed in one row."""
-        bounds = cu_seqlens.tolist()
+        bounds = cu_seqlens.tolist() if cu_seqlens.ndim == 1 else []
+        if len(bounds) < 2 or bounds[0] != 0 or bounds != sorted(bounds):
+            raise ValueError(
+                "cumulative lengths must be a row of numbers that starts at 0 and never falls, such as "
+                f"[0, n1, n1 + n2], got {cu_seqlens.tolist()}"
+            )
         spans = [(start, end - start) for start, end in pairwise(bounds) if end > start]
         return cls((1, bounds[-1]), [0] * len(spans), [s for s, _ in spans], [n for _, n in spans])
 

@@ -136,13 +136,13 @@ def _own_config(model: PreTrainedModel) -> None:
 
 
 def _chosen_layers(layers: Any, num_layers: int) -> list[int] | dict[int, Any] | None:
+    if not isinstance(layers, str):
+        return layers
     if layers == "all":
         return None
     if layers == "central":
         return [num_layers // 2]
-    if isinstance(layers, str):
-        raise ValueError(f'layers={layers!r}: must be "all", "central", layer indices or a mapping')
-    return layers
+    raise ValueError(f'layers={layers!r}: must be "all", "central", layer indices or a mapping')
 
 
 def _check_windows(model_config: Any, layers: list[int]) -> None:

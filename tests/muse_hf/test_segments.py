@@ -48,6 +48,17 @@ def test_ids_must_be_integers_in_rows():
         Segments.from_ids(torch.ones(3))
 
 
+def test_positions_must_be_in_rows():
+    with pytest.raises(ValueError, match=r"positions must have shape \(rows, tokens\), got \(3,\)"):
+        Segments.from_position_ids(torch.arange(3))
+
+
+@pytest.mark.parametrize("bounds", [[], [0], [2, 5], [0, 5, 3], [[0, 5]]], ids=str)
+def test_impossible_cumulative_lengths_are_refused(bounds):
+    with pytest.raises(ValueError, match="cumulative lengths must be a row of numbers that starts at 0"):
+        Segments.from_cu_seqlens(torch.tensor(bounds))
+
+
 def test_map_segments_puts_results_back_where_they_belong():
     """The function sees each segment alone; here it marks tokens with their segment's length and place."""
     query = torch.arange(2 * 3 * 7 * 2, dtype=torch.float64).view(2, 3, 7, 2).requires_grad_()

@@ -112,6 +112,7 @@ def test_layer_choices():
         ([0, -3], ValueError, "names a layer of a model of 3 layers twice"),
         ("some", ValueError, 'layers=\'some\': must be "all", "central"'),
         ([1.0], TypeError, "1.0 is not a layer index"),
+        (torch.tensor([0, 1]), TypeError, r"layers=tensor\(\[0, 1\]\): must be None, a list"),
         (1, TypeError, "layers=1: must be None, a list of layer indices, or a mapping"),
         ({1: {"depth": 2}}, ValueError, "no field 'depth'"),
     ],

@@ -70,8 +70,9 @@ class DataArguments:
     text: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Text files, and folders that are searched for them. A file is a document. Without --text"
-            " and --dataset_name: the source text of Python's standard library."
+            "help": "Text files, and folders that are searched for them. A file is a document; files that are"
+            " not UTF-8 text are left out. Without --text and --dataset_name: the source text of Python's"
+            " standard library."
         },
     )
     file_pattern: str = option("*", "Which files of the folders to read, such as '*.txt'.")

@@ -30,8 +30,8 @@ class MuseConfig:
         num_clusters: Clusters per key block, whatever its length. Exclusive with `cluster_size`.
         cluster_size: Mean number of keys in a cluster; a block of s keys gets ceil(s / cluster_size)
             clusters. 32 when neither field is given.
-        num_retrieved: Clusters that each query attends to exactly, those of largest refined logit among all
-            the summaries it sees. 0 turns retrieval off; more cost time and reduce the error.
+        num_retrieved: Clusters that each query attends to exactly, those of largest logit to second order
+            among all the summaries it sees. 0 turns retrieval off; more cost time and reduce the error.
         local_block: Tokens in a block of exact causal attention, and in the smallest far block. Sequences
             of at most this length are attended exactly.
         summaries: `"plain"` (cluster means and masses, the same for every query) or `"tilted"` (weighted

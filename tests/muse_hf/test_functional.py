@@ -126,7 +126,7 @@ def test_nan_in_queries_and_keys_never_crashes(name):
         ({"scale": math.nan}, ValueError, "scale must be finite, got nan"),
         ({"query": torch.zeros(2, 4, 70, 8, device="meta")}, ValueError, "query is on the meta device"),
         (
-            {"config": MuseConfig(backend="triton")},
+            {"config": SMALL.replace(backend="triton")},
             NotImplementedError,
             "cannot be obeyed: they do not .* float64",
         ),

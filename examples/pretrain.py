@@ -141,7 +141,7 @@ def new_folder(output_dir: str | None) -> Path:
             number += 1
             folder = DEFAULT_FOLDER.with_name(f"{DEFAULT_FOLDER.name}-{number}")
         return folder
-    if os.path.exists(output_dir):
+    if os.path.exists(Path(output_dir)):  # as a path, because "" is the current folder too
         raise UsageError(
             f"{output_dir!r} exists already and is not overwritten; choose another --output_dir, or continue "
             "that run with --resume."

@@ -485,6 +485,11 @@ def test_existing_folder_is_refused_and_untouched(folder, tmp_path, capsys):
     )
 
 
+def test_the_current_folder_exists(capsys):
+    assert run("--output_dir", "") == 2
+    assert "'' exists already" in capsys.readouterr().err
+
+
 def test_default_folder_is_the_next_free_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for expected in ("runs/pretrain", "runs/pretrain-2", "runs/pretrain-3"):

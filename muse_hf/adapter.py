@@ -12,6 +12,7 @@ from transformers.utils import logging
 
 from muse_hf.functional import exact_attention, muse_attention
 from muse_hf.routing import (
+    CROSSOVER,
     StoredPolicy,
     check_dropout,
     check_family,
@@ -103,6 +104,12 @@ def muse_attention_forward(
         logger.warning_once(
             "A MuSe layer was given an explicit attention mask and attends exactly. To use MuSe pass a 2D "
             "padding mask, or position_ids that restart at each packed document."
+        )
+    if reason == "exact attention is faster":
+        logger.warning_once(
+            f"Sequences of {key.shape[2]} tokens attend exactly, which is faster than MuSe below "
+            f"{CROSSOVER if config.min_length is None else config.min_length} tokens. "
+            "MuseConfig(min_length=0) has MuSe used all the same."
         )
     if isinstance(attention_mask, Segments) and not is_cross_attention(module):
         output = exact_attention(

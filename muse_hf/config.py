@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-DEFAULT_CLUSTER_SIZE = 32
+DEFAULT_CLUSTER_SIZE = 40
 
 _CHOICES = {
     "summaries": ("plain", "tilted"),
@@ -16,7 +16,14 @@ _CHOICES = {
     "query_centroids": ("past", "own"),
     "backend": ("auto", "reference", "triton"),
 }
-_SMALLEST = {"num_clusters": 1, "cluster_size": 1, "num_retrieved": 0, "local_block": 1, "kmeans_iters": 0}
+_SMALLEST = {
+    "num_clusters": 1,
+    "cluster_size": 1,
+    "num_retrieved": 0,
+    "local_block": 1,
+    "kmeans_iters": 0,
+    "min_length": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,7 @@ class MuseConfig:
     Attributes:
         num_clusters: Clusters per key block, whatever its length. Exclusive with `cluster_size`.
         cluster_size: Mean number of keys in a cluster; a block of s keys gets ceil(s / cluster_size)
-            clusters. 32 when neither field is given.
+            clusters. 40 when neither field is given.
         num_retrieved: Clusters that each query attends to exactly, those of largest logit to second order
             among all the summaries it sees. 0 turns retrieval off; more cost time and reduce the error.
         local_block: Tokens in a block of exact causal attention, and in the smallest far block. Sequences
@@ -48,6 +55,9 @@ class MuseConfig:
         layers: Which layers use MuSe: `None` for every layer, a list of layer indices, or a mapping from
             layer index to the fields that differ in that layer, such as `{3: {"num_retrieved": 64}}`.
             Negative indices count from the last layer. All other layers attend exactly.
+        min_length: Shorter sequences are attended exactly by a model's layers. `None`: on a GPU, those for
+            which exact attention was measured to be faster (`muse_hf.routing.CROSSOVER`); 0: none beyond
+            `local_block`. `muse_attention` does not look at it.
         backend: `"auto"`, `"reference"` (plain PyTorch, any device) or `"triton"`.
 
     Raises:
@@ -57,14 +67,15 @@ class MuseConfig:
 
     num_clusters: int | None = None
     cluster_size: int | None = None
-    num_retrieved: int = 32
-    local_block: int = 1024
+    num_retrieved: int = 12
+    local_block: int = 2048
     summaries: str = "plain"
     hierarchy: str = "flat"
     multipole: str = "monopole"
     query_centroids: str = "past"
-    kmeans_iters: int = 1
+    kmeans_iters: int = 2
     cluster_cap: float = 1.5
+    min_length: int | None = None
     layers: list[int] | dict[int, dict[str, Any]] | None = None
     backend: str = "auto"
 
@@ -91,6 +102,7 @@ class MuseConfig:
             "summaries": "tilted",
             "hierarchy": "dyadic",
             "multipole": "dipole",
+            "kmeans_iters": 1,
         }
         return cls(**(setting | overrides))
 
@@ -169,7 +181,7 @@ class MuseConfig:
 
     def _check_integer(self, field: str, smallest: int) -> None:
         value = getattr(self, field)
-        if value is None and field in ("num_clusters", "cluster_size"):
+        if value is None and field in ("num_clusters", "cluster_size", "min_length"):
             return
         if not _is_integer(value):
             raise TypeError(f"MuseConfig.{field}={value!r}: must be an integer")

@@ -8,7 +8,8 @@ Exact attention stands in wherever it is the right answer:
    prefix tuning;
 4. the mask is a 4D tensor: one the caller made, or one that padding with holes, bidirectional spans or a
    sliding window of another layer need;
-5. no sequence is longer than `MuseConfig.local_block`, so that MuSe would be exact as well.
+5. no sequence is longer than `MuseConfig.local_block`, so that MuSe would be exact as well;
+6. no sequence is as long as `MuseConfig.min_length`: exact attention is faster.
 
 What would change the meaning of a MuSe layer is refused instead: attention dropout in training, logit
 softcaps, attention sinks, position biases, sliding windows, and `output_attentions`.
@@ -25,6 +26,10 @@ from muse_hf.segments import Segments
 # Model types whose attention is known, by a test, to call the attention interface with rotated queries and
 # keys and to hand the mask through untouched.
 SUPPORTED_FAMILIES = ("bert", "gpt2", "llama", "mistral", "qwen2", "qwen3")
+
+# Tokens from which the Triton kernels were measured to beat the best exact kernel, forward and backward on an
+# H200 with 16 heads of 64 (docs/performance.md).
+CROSSOVER = 16384
 
 _CHANGES_MEANING = {
     "softcap": "a cap on the logits",
@@ -137,9 +142,19 @@ def reason_for_exact(
         return "different numbers of queries and keys"
     if isinstance(mask, torch.Tensor):
         return "explicit mask"
-    if max(mask.lengths, default=0) <= config.local_block if mask else key.shape[2] <= config.local_block:
+    longest = key.shape[2] if mask is None else max(mask.lengths, default=0)
+    if longest <= config.local_block:
         return "sequences no longer than local_block"
+    if longest < _shortest(config, query.device):
+        return "exact attention is faster"
     return None
+
+
+def _shortest(config: MuseConfig, device: torch.device) -> int:
+    """Tokens of the shortest sequence for which a model's layer does not attend exactly."""
+    if config.min_length is not None:
+        return config.min_length
+    return CROSSOVER if device.type == "cuda" and config.backend == "auto" else 0
 
 
 def is_cross_attention(module: torch.nn.Module) -> bool:

@@ -206,7 +206,7 @@ def _far_forward(queries, levels, seen, num_retrieved):
     logits, combine = _join(refined)
     parts, choice = [], None
     if num_retrieved:
-        score = torch.cat([part.spread() for part in refined], dim=-1).add_(logits)
+        score = torch.cat([part.score() for part in refined], dim=-1)
         choice = score.topk(min(num_retrieved, logits.shape[-1]), sorted=False).indices
         logits.scatter_(-1, choice, -torch.inf)
         parts += [retrieval.forward() for retrieval in _retrievals(folded, choice, levels, seen)]

@@ -19,12 +19,12 @@ class Refinement(NamedTuple):
     Attributes:
         logits: (X, P, J) ℓ_qj = L_aj + δ·k̃_aj.
         combine: From weights (X, P, J) to Σ_j p_qj ṽ_aj with the dipole correction (X, P, D).
-        spread: Gives ½ Σ_d δ_d² Var_d(k) (X, P, J), the second-order term of the logits.
+        score: Gives ℓ_qj + ½ Σ_d δ_d² Var_d(k) (X, P, J), the logits to second order.
     """
 
     logits: torch.Tensor
     combine: Callable[[torch.Tensor], torch.Tensor]
-    spread: Callable[[], torch.Tensor]
+    score: Callable[[], torch.Tensor]
 
 
 def refine(query: torch.Tensor, groups: int, blocks: KeyBlocks) -> Refinement:
@@ -41,12 +41,13 @@ def refine(query: torch.Tensor, groups: int, blocks: KeyBlocks) -> Refinement:
 def _refine_plain(query: torch.Tensor, blocks: KeyBlocks) -> Refinement:
     """One centroid at zero: δ = q, and every query sees the same summaries."""
     log_mass, key_mean, value_mean = (tensor.flatten(1, 3) for tensor in blocks[:3])
-
-    def spread() -> torch.Tensor:
-        return query.square() @ blocks.key_variance.flatten(1, 3).transpose(1, 2) / 2
-
     logits = torch.baddbmm(log_mass[:, None], query, key_mean.transpose(1, 2))
-    return Refinement(logits, lambda weights: weights @ value_mean, spread)
+
+    def score() -> torch.Tensor:
+        variance = blocks.key_variance.flatten(1, 3).transpose(1, 2)
+        return torch.baddbmm(logits, query.square(), variance, alpha=0.5)
+
+    return Refinement(logits, lambda weights: weights @ value_mean, score)
 
 
 def _refine_tilted(query: torch.Tensor, groups: int, blocks: KeyBlocks) -> Refinement:
@@ -68,9 +69,9 @@ def _refine_tilted(query: torch.Tensor, groups: int, blocks: KeyBlocks) -> Refin
         rows = packing.unpack(tiles).unflatten(0, (batch, num_blocks))
         return rows.transpose(1, 2).flatten(2)
 
-    def spread() -> torch.Tensor:
+    def score() -> torch.Tensor:
         variance = packing.group_rows(blocks.key_variance.flatten(0, 1))
-        return by_query(offset.square() @ variance.transpose(-1, -2) / 2)
+        return by_query(logits + offset.square() @ variance.transpose(-1, -2) / 2)
 
     def combine(weights: torch.Tensor) -> torch.Tensor:
         weights = weights.unflatten(2, (num_blocks, num_clusters)).transpose(1, 2).flatten(0, 1)
@@ -83,7 +84,7 @@ def _refine_tilted(query: torch.Tensor, groups: int, blocks: KeyBlocks) -> Refin
 
     logits = packing.group_rows(log_mass)[:, :, None]
     logits = logits + offset @ packing.group_rows(key_mean).transpose(-1, -2)
-    return Refinement(by_query(logits), combine, spread)
+    return Refinement(by_query(logits), combine, score)
 
 
 def _nearest_own_centroid(queries: torch.Tensor, centroids: torch.Tensor, groups: int) -> torch.Tensor:

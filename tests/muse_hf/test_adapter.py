@@ -79,7 +79,7 @@ def test_loading_switching_and_patching_are_the_same(family, tmp_path):
     assert_different(expected, exact, f"{family} with MuSe from exact attention")
 
     loaded = type(model).from_pretrained(tmp_path, attn_implementation="muse").eval()
-    assert_same(output_of(loaded, tokens(LONG)), exact, "the default policy up to its local_block of 1024")
+    assert_same(output_of(loaded, tokens(LONG)), exact, "the default policy up to its local_block of 2048")
     loaded.config.muse = MUSE
     assert_same(output_of(loaded, tokens(LONG)), expected, "loaded with attn_implementation")
     switched = tiny_model(family)

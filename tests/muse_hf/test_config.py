@@ -55,7 +55,7 @@ def test_wrong_types_are_refused(fields):
 
 
 def test_number_and_capacity_of_clusters():
-    assert MuseConfig().clusters_for(1024) == 32, "32 keys a cluster by default"
+    assert MuseConfig().clusters_for(1024) == 26, "40 keys a cluster by default"
     assert MuseConfig(num_clusters=64).clusters_for(8192) == 64
     assert MuseConfig(num_clusters=64).clusters_for(40) == 40, "no more clusters than tokens"
     config = MuseConfig(cluster_size=32, cluster_cap=1.5)

@@ -1,6 +1,8 @@
 """The rules of routing.py: what attends exactly, what is refused, and what a refusal says."""
 
 import copy
+import logging
+import types
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from muse_hf import SUPPORTED_FAMILIES, MuseConfig, Segments, UnsupportedError, patch_model
 from muse_hf.adapter import muse_attention_forward
-from muse_hf.routing import check_options, layer_config, model_policy, reason_for_exact
+from muse_hf.routing import CROSSOVER, check_options, layer_config, model_policy, reason_for_exact
 from tests.models import (
     FAMILIES,
     HEADS,
@@ -84,6 +86,37 @@ def test_what_attends_exactly(case, reason):
     case = {"module": Attention(), "queries": LONG, "keys": LONG, "mask": None, "config": MUSE} | case
     query, key = (torch.zeros(1, HEADS, case[length], 4) for length in ("queries", "keys"))
     assert reason_for_exact(case["module"], query, key, case["mask"], case["config"]) == reason
+
+
+@pytest.mark.parametrize(
+    ("device", "changes", "shortest"),
+    [
+        ("cuda", {}, CROSSOVER),
+        ("cpu", {}, 0),
+        ("cuda", {"backend": "reference"}, 0),
+        ("cuda", {"min_length": 0}, 0),
+        ("cpu", {"min_length": 300}, 300),
+    ],
+    ids=str,
+)
+def test_the_shortest_sequence_that_is_worth_it(device, changes, shortest):
+    """On a GPU what was measured, unless told otherwise."""
+    for length in {1, 299, 300, CROSSOVER - 1, CROSSOVER}:
+        part = types.SimpleNamespace(shape=(1, HEADS, length, 4), device=torch.device(device))
+        reason = reason_for_exact(Attention(), part, part, None, MuseConfig(local_block=1, **changes))
+        expected = "exact attention is faster" if length < shortest else None
+        assert reason == (TOO_SHORT if length == 1 else expected), f"{length} tokens"
+
+
+def test_short_sequences_attend_exactly_and_say_so(caplog, monkeypatch):
+    model = muse_model("llama")
+    model.config.muse = MUSE.replace(min_length=LONG + 1)
+    exact = output_of(tiny_model("llama"), tokens(LONG))
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    assert_same(output_of(model, tokens(LONG)), exact, "a sequence shorter than min_length")
+    assert f"below {LONG + 1} tokens. MuseConfig(min_length=0) has MuSe used all the same" in caplog.text
+    model.config.muse = MUSE.replace(min_length=LONG)
+    assert_different(output_of(model, tokens(LONG)), exact, "a sequence of min_length")
 
 
 def test_the_policy_of_a_layer():

@@ -168,7 +168,7 @@ def test_the_report_prints_what_was_done():
     report = patch_model(model, layers={0: {}, -1: special}, config=config)
     assert str(report).splitlines() == [
         "LlamaForCausalLM: MuSe attention in 2 of 3 layers (unpatch_model restores 'eager')",
-        "  layer 0: dyadic blocks from 256 tokens, clusters of 32 keys, plain summaries, monopole, "
+        "  layer 0: dyadic blocks from 256 tokens, clusters of 40 keys, plain summaries, monopole, "
         "4 retrieved",
         "  layer 2: dyadic blocks from 256 tokens, 8 clusters a block, tilted summaries, dipole, 0 retrieved",
     ]

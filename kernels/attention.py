@@ -1,6 +1,7 @@
-"""The Triton backend of the default setting: all stages in order, as two custom operators.
+"""The Triton backend of the default setting: all stages in order, forward and backward.
 
-Being custom operators, forward and backward are single nodes to torch.compile, whatever they launch.
+Under torch.compile both are custom operators, single nodes of the graph whatever they launch. Calling these
+costs the host a millisecond, so that without a compiler an autograd.Function calls the same code.
 """
 
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from muse_hf.kernels.refinement import num_words, refine
 from muse_hf.kernels.refinement_backward import output_delta, query_backward, summary_backward
 from muse_hf.kernels.retrieval import Items, retrieve, retrieve_backward, sort_items
 from muse_hf.kernels.selection import MOST_RETRIEVED, list_choice
+from torch.autograd.function import once_differentiable
 from triton import knobs
 
 from muse_hf.config import MuseConfig
@@ -61,15 +63,15 @@ def triton_attention(
     """
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     block = config.local_block
-    output, _, row_lse, *_ = _attention(
-        query, key, value, scale, list(chain.from_iterable(sequences)), block, config.clusters_for(block),
+    attend = _attention if torch.compiler.is_compiling() else _Attend.apply
+    output, _, row_lse, *_ = attend(
+        query, key, value, scale, [*chain.from_iterable(sequences)], block, config.clusters_for(block),
         config.capacity_for(block), config.kmeans_iters, config.num_retrieved,
     )  # fmt: skip
     return output, row_lse.detach()
 
 
-@torch.library.custom_op("muse_hf::flat_attention", mutates_args=())
-def _attention(
+def forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -107,6 +109,9 @@ def _attention(
     return [output, lse, row_lse, chosen, choice, *items, *clusters]
 
 
+_attention = torch.library.custom_op("muse_hf::flat_attention", forward, mutates_args=())
+
+
 @_attention.register_fake
 def _(query, key, value, scale, sequences, block, clusters_per_block, capacity, iters, num_retrieved):
     batch, heads, length, head_dim = query.shape
@@ -135,8 +140,7 @@ def _(query, key, value, scale, sequences, block, clusters_per_block, capacity, 
     ]
 
 
-@torch.library.custom_op("muse_hf::flat_attention_backward", mutates_args=())
-def _attention_backward(
+def backward(
     grad: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -167,8 +171,11 @@ def _attention_backward(
     return tuple(_laid_out_like(share, tensor) for share, tensor in zip(grads, (query, key, value)))
 
 
+_attention_backward = torch.library.custom_op("muse_hf::flat_attention_backward", backward, mutates_args=())
+
+
 def _laid_out_like(share: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """With the strides that the fake kernel promises, which are those that library kernels choose as a rule."""
+    """With the strides that the fake kernel promises, those that library kernels choose as a rule."""
     promised = torch.empty_like(tensor)
     return share if share.stride() == promised.stride() else promised.copy_(share)
 
@@ -178,7 +185,7 @@ def _(grad, query, key, value, *_):
     return tuple(torch.empty_like(tensor) for tensor in (query, key, value))
 
 
-def _setup_context(ctx, inputs, output):
+def _save(ctx, inputs, output):
     query, key, value, *settings = inputs
     merged, lse, _, *rest = output
     ctx.save_for_backward(query, key, value, merged, lse, *rest)
@@ -186,14 +193,28 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx, grads):
-    if grads[0] is None:
+def _gradients(ctx, grad, run):
+    if grad is None:
         return (None,) * 10
     query, key, value, output, lse, chosen, choice, *rest = ctx.saved_tensors
-    shares = _attention_backward(
-        grads[0], query, key, value, output, lse, chosen, choice, rest[:2], rest[2:], *ctx.settings
-    )
+    shares = run(grad, query, key, value, output, lse, chosen, choice, rest[:2], rest[2:], *ctx.settings)
     return *shares, *(None,) * 7
 
 
-_attention.register_autograd(_backward, setup_context=_setup_context)
+_attention.register_autograd(
+    lambda ctx, grads: _gradients(ctx, grads[0], _attention_backward), setup_context=_save
+)
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        results = forward(*inputs)
+        _save(ctx, inputs, results)
+        ctx.mark_non_differentiable(*results[1:])
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):
+        return _gradients(ctx, grad, backward)

@@ -11,7 +11,7 @@ RANGE = tl.constexpr(32.0)
 
 def power_of_two(number: int, least: int = 16) -> int:
     """The next power of two, and at least what a matrix product needs."""
-    return max(least, triton.next_power_of_2(number))
+    return max(least, 1 << (number - 1).bit_length())
 
 
 def token_strides(*tensors: torch.Tensor) -> tuple[int, ...]:

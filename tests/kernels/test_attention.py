@@ -82,7 +82,7 @@ def test_low_precision_costs_no_more_than_in_pytorch(dtype):
     config = CONFIG.replace(num_retrieved=3)
     leaves = [tensor.requires_grad_() for tensor in leaves]
     scale, block = 0.25, config.local_block
-    stages = attention._attention(
+    stages = attention._Attend.apply(
         *leaves, scale, [0, 52], block, config.clusters_for(block), config.capacity_for(block), 1, 3
     )
     actual = [stages[0], stages[2], *torch.autograd.grad(stages[0], leaves, grad)]
@@ -106,7 +106,7 @@ def test_few_choices_differ_in_low_precision(low):
     query, key, value, _ = inputs(heads=1, length=64)
     choices = []
     for dtype in (torch.float32, low):
-        stages = attention._attention(
+        stages = attention.forward(
             *(tensor.to(low).to(dtype) for tensor in (query, key, value)),
             0.25, [0, 64], 16, 4, 6, 1, 3,
         )  # fmt: skip
@@ -154,7 +154,7 @@ def test_identical_keys_are_all_alike():
     """All scores are equal, so far more clusters than r reach the threshold: r are taken, and it is exact."""
     query, key, value, _ = inputs(heads=1, length=64)
     key = key[:, :, :1].expand_as(key)
-    stages = attention._attention(query, key, value, 0.25, [0, 64], 16, 4, 6, 1, 2)
+    stages = attention.forward(query, key, value, 0.25, [0, 64], 16, 4, 6, 1, 2)
     assert (stages[4][0, 16:] >= 0).all(), "a query retrieves fewer clusters than there are"
     expected = torch.nn.functional.scaled_dot_product_attention(
         query[:, :, :16], key[:, :, :16], value[:, :, :16], is_causal=True, scale=0.25

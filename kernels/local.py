@@ -4,7 +4,11 @@ Its backward is fed with the merged output and logsumexp and so gives the local 
 the library's kernel does not serve (float32, or no GPU) takes the reference's exact attention.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+import torch.utils.deterministic
 from muse_hf.kernels.layout import Layout
 
 from muse_hf.reference.exact import exact_backward, exact_forward
@@ -57,9 +61,10 @@ def local_backward(
         ends = layout.bounds
         rows = (_as_rows(tensor) for tensor in (grad, query, key, value, output))
         state = torch.empty(2, dtype=torch.uint64, device=query.device)  # of the dropout there is none of
-        grads = torch.ops.aten._flash_attention_backward(
-            *rows, lse, ends, ends, block, block, 0.0, True, state, state[:0], scale=scale
-        )
+        with _deterministic():
+            grads = torch.ops.aten._flash_attention_backward(
+                *rows, lse, ends, ends, block, block, 0.0, True, state, state[:0], scale=scale
+            )
         return tuple(_from_rows(share, batch) for share in grads)
     tokens, inside = _block_tokens(layout, block)
     folded = (_fold(tensor, tokens, key.shape[1]) for tensor in (grad, query * scale, key, value, output))
@@ -73,6 +78,23 @@ def local_backward(
     for target, share in zip(grads, shares):
         _unfold(share, tokens, inside, target)
     return grads
+
+
+@contextmanager
+def _deterministic() -> Iterator[None]:
+    """Flash attention adds up gradients in any order, unless PyTorch's global switch says otherwise."""
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def _has_library_kernel(query: torch.Tensor) -> bool:

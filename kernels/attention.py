@@ -35,8 +35,8 @@ def reason_against(query: torch.Tensor, key: torch.Tensor, is_causal: bool, conf
         return "they do not compute in float64"
     if query.shape[3] > _LARGEST_HEAD_DIM:
         return f"head_dim {query.shape[3]} is larger than {_LARGEST_HEAD_DIM}"
-    if not is_causal or config.summaries != "plain" or config.hierarchy != "flat" or not config.num_retrieved:
-        return 'they serve causal attention with summaries="plain", hierarchy="flat" and retrieval so far'
+    if not is_causal or config.summaries != "plain" or config.hierarchy != "flat":
+        return 'they serve causal attention with summaries="plain" and hierarchy="flat" so far'
     if config.num_retrieved > MOST_RETRIEVED:
         return f"num_retrieved={config.num_retrieved} is more than {MOST_RETRIEVED}"
     return None
@@ -127,7 +127,7 @@ def _(query, key, value, scale, sequences, block, clusters_per_block, capacity, 
         new(batch, length, heads, head_dim, dtype=query.dtype).transpose(1, 2),
         new(heads, tokens, dtype=torch.float32),
         new(batch, heads, length, dtype=torch.float32),
-        new(heads, tokens, num_words(max_seen)),
+        new(heads, tokens, num_words(max_seen, num_retrieved)),
         new(heads, tokens, num_retrieved),
         new(kv_heads, num_items),
         new(kv_heads, num_clusters + 1),

@@ -1,8 +1,10 @@
 """Selection and refinement of plain summaries, forward.
 
-One program holds a tile of queries and passes twice over the summaries that it sees: first to find the score
-that a cluster needs to be retrieved, then for a running softmax over the local part and all clusters that are
-not. Nothing of the size of queries times clusters is kept but a bit each.
+One program holds a tile of queries and passes twice over the summaries that it sees: first to find the
+largest logit and the score that a cluster needs to be retrieved, then for the softmax over the local part and
+all clusters that are not. Nothing of the size of queries times clusters is kept but a bit each.
+
+WORDS, the words of such bits a query has, is 0 where nothing is retrieved.
 """
 
 import torch
@@ -29,7 +31,7 @@ def _score_of(half_square, spread, s):
 def _sum_kept(
     q, half_square, threshold, o, total, top, k_at, v_at, spread_at, mass_at, chosen_at, inside, seen,
     num_retrieved, scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_J: tl.constexpr,
-    FIRST_ONLY: tl.constexpr,
+    WORDS: tl.constexpr, FIRST_ONLY: tl.constexpr,
 ):  # fmt: skip
     """Add all clusters below the threshold to the local part, and write down those that reach it.
 
@@ -45,15 +47,17 @@ def _sum_kept(
     room = tl.zeros(top.shape, tl.int32) + num_retrieved
     for j in range(0, seen, BLOCK_J):
         k = load_summaries(k_at + j * HEAD_DIM, HEAD_DIM, BLOCK_D)
-        spread = load_summaries(spread_at + j * HEAD_DIM, HEAD_DIM, BLOCK_D)
         s = summary_logits(q, k, mass_at + j, j + place < seen, scale)
-        taken = _score_of(half_square, spread, s) >= threshold[:, None]
-        if FIRST_ONLY:
-            taken = take_first(taken, room)
-        word = tl.sum(tl.where(taken, bit[None, :], 0), 1)
-        tl.store(chosen_at + j // 32, word, mask=inside)
-        room -= number_of_bits(word)
-        p = tl.where(taken, 0, tl.exp2(s * LOG2_E - top[:, None]))
+        p = tl.exp2(s * LOG2_E - top[:, None])
+        if WORDS > 0:
+            spread = load_summaries(spread_at + j * HEAD_DIM, HEAD_DIM, BLOCK_D)
+            taken = _score_of(half_square, spread, s) >= threshold[:, None]
+            if FIRST_ONLY:
+                taken = take_first(taken, room)
+            word = tl.sum(tl.where(taken, bit[None, :], 0), 1)
+            tl.store(chosen_at + j // 32, word, mask=inside)
+            room -= number_of_bits(word)
+            p = tl.where(taken, 0, p)
         v = load_summaries(v_at + j * HEAD_DIM, HEAD_DIM, BLOCK_D)
         o = tl.dot(p.to(v.dtype), v, o, input_precision="ieee")
         total += tl.sum(p, 1)
@@ -93,10 +97,11 @@ def _forward_kernel(
         largest, kept = least, (least, least, least, least)
         for j in range(0, seen, BLOCK_J):
             k = load_summaries(k_at + j * HEAD_DIM, HEAD_DIM, BLOCK_D)
-            spread = load_summaries(spread_at + j * HEAD_DIM, HEAD_DIM, BLOCK_D)
             s = summary_logits(q, k, mass_at + j, j + place < seen, scale)
             largest = tl.maximum(largest, s)
-            kept = keep_largest(kept, _score_of(half_square, spread, s))
+            if WORDS > 0:
+                spread = load_summaries(spread_at + j * HEAD_DIM, HEAD_DIM, BLOCK_D)
+                kept = keep_largest(kept, _score_of(half_square, spread, s))
         threshold = threshold_of(kept, num_retrieved, STEPS)
 
         # The local part starts the sum: every query attends to itself, so its logsumexp is finite.
@@ -110,13 +115,13 @@ def _forward_kernel(
         o, total, room = _sum_kept(
             q, half_square, threshold, local_o * local_total[:, None], local_total, top, k_at, v_at,
             spread_at, mass_at, chosen_at, inside, seen, num_retrieved, scale, HEAD_DIM, BLOCK_D, BLOCK_J,
-            False,
+            WORDS, False,
         )  # fmt: skip
         if tl.min(room, 0) < 0:
             o, total, room = _sum_kept(
                 q, half_square, threshold, local_o * local_total[:, None], local_total, top, k_at, v_at,
                 spread_at, mass_at, chosen_at, inside, seen, num_retrieved, scale, HEAD_DIM, BLOCK_D, BLOCK_J,
-                True,
+                WORDS, True,
             )  # fmt: skip
         # Nothing is left of the sum where clusters that are to be retrieved have nearly all the mass.
         total = tl.maximum(total, 1e-37)
@@ -127,9 +132,9 @@ def _forward_kernel(
         )
 
 
-def num_words(max_seen: int) -> int:
-    """Words of 32 bits for as many clusters, whole tiles of them."""
-    return -(-max_seen // TILE) * (TILE // 32)
+def num_words(max_seen: int, num_retrieved: int) -> int:
+    """Words of 32 bits for as many clusters, whole tiles of them; none where nothing is retrieved."""
+    return -(-max_seen // TILE) * (TILE // 32) if num_retrieved else 0
 
 
 def refine(
@@ -146,7 +151,7 @@ def refine(
         Words of clusters that a query does not see are not written.
     """
     batch, heads, length, head_dim = query.shape
-    words = num_words(layout.max_seen)
+    words = num_words(layout.max_seen, num_retrieved)
     chosen = torch.empty(heads, batch * length, words, dtype=torch.int32, device=query.device)
     launch = _LAUNCH if head_dim <= 64 else _WIDE_LAUNCH
     grid = (triton.cdiv(block, launch["BLOCK_Q"]), heads, layout.block_start.shape[0])

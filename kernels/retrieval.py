@@ -260,6 +260,8 @@ def retrieve(
 ) -> None:  # fmt: skip
     """Merge the retrieved clusters into output (B, H, N, D) and lse (H, B * N), in place."""
     num_retrieved = choice.shape[2]
+    if not num_retrieved:
+        return
     for kv_heads in _parts(query, key, num_retrieved):
         partial = query.new_empty(len(kv_heads), items.order.shape[1], query.shape[3])
         partial_lse = torch.empty(partial.shape[:2], dtype=torch.float32, device=query.device)
@@ -281,8 +283,10 @@ def retrieve_backward(
 ) -> None:  # fmt: skip
     """Add the gradients through retrieved clusters to those of query, key and value, in place.
 
+    Those of the summaries are passed on to their members here too, also if nothing is retrieved.
+
     Args:
-        grad_means: (Hkv, J, D) float32 gradients of the key and value means, which are passed on to members.
+        grad_means: (Hkv, J, D) float32 gradients of the key and value means.
     """
     num_retrieved = choice.shape[2]
     strides = token_strides(query, key, value, grad, *grads[1:])
@@ -294,9 +298,10 @@ def retrieve_backward(
             partial, *grads[1:], *strides, *_sizes(query, clusters), kv_heads.start, scale,
             **_tiles(query, clusters, num_retrieved), **launch,
         )  # fmt: skip
-        _over_queries(_add_kernel, query, key, kv_heads, num_retrieved)(
-            partial, choice, grads[0], *token_strides(grads[0])
-        )
+        if num_retrieved:
+            _over_queries(_add_kernel, query, key, kv_heads, num_retrieved)(
+                partial, choice, grads[0], *token_strides(grads[0])
+            )
 
 
 def _over_queries(kernel, query: torch.Tensor, key: torch.Tensor, kv_heads: range, num_retrieved: int):
@@ -319,7 +324,7 @@ def _over_queries(kernel, query: torch.Tensor, key: torch.Tensor, kv_heads: rang
 
 def _parts(query: torch.Tensor, key: torch.Tensor, num_retrieved: int) -> list[range]:
     """Key/value heads whose partial outputs exist together."""
-    per_head = query.numel() // key.shape[1] * num_retrieved * query.element_size()
+    per_head = query.numel() // key.shape[1] * max(1, num_retrieved) * query.element_size()
     step = max(1, _PARTIAL_BYTES // per_head)
     return [range(first, min(first + step, key.shape[1])) for first in range(0, key.shape[1], step)]
 
@@ -331,7 +336,7 @@ def _sizes(query: torch.Tensor, clusters: Clusters) -> tuple[int, int, int]:
 def _tiles(query: torch.Tensor, clusters: Clusters, num_retrieved: int) -> dict[str, int]:
     head_dim = query.shape[3]
     return {
-        "NUM_RETRIEVED": num_retrieved,
+        "NUM_RETRIEVED": max(1, num_retrieved),
         "GROUP_HEADS": query.shape[1] // clusters.count.shape[0],
         "HEAD_DIM": head_dim,
         "BLOCK_D": power_of_two(head_dim),

@@ -95,6 +95,8 @@ def list_choice(chosen: torch.Tensor, layout: Layout, num_retrieved: int, block:
     ascending order, and -1 behind the last."""
     heads, num_tokens, num_words = chosen.shape
     choice = torch.full((heads, num_tokens, num_retrieved), -1, dtype=torch.int32, device=chosen.device)
+    if not num_retrieved:
+        return choice
     _list_kernel[(triton.cdiv(block, _LISTED["BLOCK_Q"]), heads, layout.block_start.shape[0])](
         chosen, *layout.query_blocks, choice, num_tokens, num_retrieved, WORDS=num_words, **_LISTED
     )

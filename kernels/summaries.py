@@ -33,9 +33,11 @@ def is_chosen(chosen, rows, inside, first, WORDS: tl.constexpr, BLOCK_J: tl.cons
     """True (BLOCK_Q, BLOCK_J) at the clusters first, first + 1, ... that the rows retrieve.
 
     Args:
-        chosen: (H * B * N, WORDS) int32, a bit for each cluster that a row sees.
+        chosen: (H * B * N, WORDS) int32, a bit for each cluster that a row sees; WORDS = 0: none is chosen.
         first: A multiple of 32.
     """
+    if WORDS == 0:
+        return tl.full([rows.shape[0], BLOCK_J], False, tl.int1)
     place = tl.arange(0, BLOCK_J)
     words = tl.load(chosen + rows * WORDS + first // 32, mask=inside, other=0)[:, None]
     if BLOCK_J == 64:

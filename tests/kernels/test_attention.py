@@ -54,8 +54,17 @@ def error(actual, exact):
         ({"heads": 1, "length": 64}, {"num_retrieved": 100}),
         ({"heads": 1, "length": 40}, {"kmeans_iters": 0, "cluster_cap": 1.0}),
         ({"heads": 1, "length": 33, "head_dim": 80}, {"num_clusters": 1}),
+        ({"length": 50}, {"num_retrieved": 0}),
     ],
-    ids=["grouped heads", "full blocks", "odd sizes", "all retrieved", "balanced", "one cluster"],
+    ids=[
+        "grouped heads",
+        "full blocks",
+        "odd sizes",
+        "all retrieved",
+        "balanced",
+        "one cluster",
+        "none retrieved",
+    ],
 )
 def test_kernels_compute_what_the_reference_does(shape, changes):
     config = CONFIG.replace(**changes)
@@ -211,7 +220,6 @@ def test_autocast_computes_in_its_dtype():
     ("changes", "reason"),
     [
         ({"summaries": "tilted", "hierarchy": "dyadic"}, "they serve causal attention with summaries"),
-        ({"num_retrieved": 0}, "and retrieval so far"),
         ({"num_retrieved": 1000}, "num_retrieved=1000 is more than"),
         ({"local_block": 128}, "no longer than local_block are exact attention"),
     ],

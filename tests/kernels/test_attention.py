@@ -55,6 +55,7 @@ def error(actual, exact):
         ({"heads": 1, "length": 40}, {"kmeans_iters": 0, "cluster_cap": 1.0}),
         ({"heads": 1, "length": 33, "head_dim": 80}, {"num_clusters": 1}),
         ({"length": 50}, {"num_retrieved": 0}),
+        ({"heads": 1, "length": 180}, {"cluster_size": 2, "num_retrieved": 9}),
     ],
     ids=[
         "grouped heads",
@@ -64,6 +65,7 @@ def error(actual, exact):
         "balanced",
         "one cluster",
         "none retrieved",
+        "several tiles",
     ],
 )
 def test_kernels_compute_what_the_reference_does(shape, changes):

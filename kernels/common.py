@@ -14,6 +14,16 @@ def power_of_two(number: int, least: int = 16) -> int:
     return max(least, 1 << (number - 1).bit_length())
 
 
+def choose_launch(query: torch.Tensor, usual: dict, wide: dict, precise: dict) -> dict:
+    """Tile sizes and warps for a head_dim of up to 64, for a larger one, or for float32.
+
+    Products of float32 take no matrix units and many registers, so that their tiles are small.
+    """
+    if query.dtype == torch.float32:
+        return precise
+    return usual if query.shape[3] <= 64 else wide
+
+
 def token_strides(*tensors: torch.Tensor) -> tuple[int, ...]:
     """What `row_offsets` needs to know of tensors (B, H, N, D): three strides each, and `length` for all.
 

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from muse_hf.kernels.clustering import Clusters
-from muse_hf.kernels.common import LOG2_E, load_rows, power_of_two, store_rows, token_strides
+from muse_hf.kernels.common import LOG2_E, choose_launch, load_rows, power_of_two, store_rows, token_strides
 from muse_hf.kernels.layout import Layout
 from muse_hf.kernels.selection import keep_largest, number_of_bits, take_first, threshold_of
 from muse_hf.kernels.summaries import TILE, load_summaries, rows_at, summary_logits
@@ -19,6 +19,7 @@ from muse_hf.kernels.summaries import TILE, load_summaries, rows_at, summary_log
 # Three programs fit a multiprocessor with 168 registers a thread, which is worth a few spills.
 _LAUNCH = {"BLOCK_Q": 64, "BLOCK_J": 32, "num_warps": 4, "num_stages": 3, "maxnreg": 168}
 _WIDE_LAUNCH = {"BLOCK_Q": 64, "BLOCK_J": 32, "num_warps": 4, "num_stages": 2}
+_PRECISE_LAUNCH = {"BLOCK_Q": 32, "BLOCK_J": 32, "num_warps": 8, "num_stages": 1}
 
 
 @triton.jit
@@ -153,7 +154,7 @@ def refine(
     batch, heads, length, head_dim = query.shape
     words = num_words(layout.max_seen, num_retrieved)
     chosen = torch.empty(heads, batch * length, words, dtype=torch.int32, device=query.device)
-    launch = _LAUNCH if head_dim <= 64 else _WIDE_LAUNCH
+    launch = choose_launch(query, _LAUNCH, _WIDE_LAUNCH, _PRECISE_LAUNCH)
     grid = (triton.cdiv(block, launch["BLOCK_Q"]), heads, layout.block_start.shape[0])
     _forward_kernel[grid](
         query, clusters.key_mean, clusters.value_mean, clusters.key_variance, clusters.log_mass,

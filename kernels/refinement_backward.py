@@ -8,15 +8,17 @@ import torch
 import triton
 import triton.language as tl
 from muse_hf.kernels.clustering import Clusters
-from muse_hf.kernels.common import LOG2_E, load_rows, power_of_two, store_rows, token_strides
+from muse_hf.kernels.common import LOG2_E, choose_launch, load_rows, power_of_two, store_rows, token_strides
 from muse_hf.kernels.layout import Layout
 from muse_hf.kernels.summaries import TILE, is_chosen, load_summaries, rows_at, summary_logits
 
 # Programs that the gradients of summaries are spread over, so that the whole device is busy.
 _PROGRAMS = 2048
 _QUERY_LAUNCH = {"BLOCK_Q": 64, "BLOCK_J": 32, "num_warps": 4, "num_stages": 3}
+_PRECISE_QUERY_LAUNCH = {"BLOCK_Q": 32, "BLOCK_J": 32, "num_warps": 8, "num_stages": 1}
 _SUMMARY_LAUNCH = {"BLOCK_Q": 64, "BLOCK_J": TILE, "num_warps": 4, "num_stages": 3}
 _WIDE_SUMMARY_LAUNCH = {"BLOCK_Q": 64, "BLOCK_J": TILE, "num_warps": 8, "num_stages": 2}
+_PRECISE_SUMMARY_LAUNCH = {"BLOCK_Q": 16, "BLOCK_J": TILE, "num_warps": 8, "num_stages": 1}
 
 
 @triton.jit
@@ -146,10 +148,11 @@ def query_backward(
     lse: torch.Tensor, delta: torch.Tensor, grad_query: torch.Tensor, scale: float, block: int,
 ) -> None:  # fmt: skip
     """Add the gradient through the summaries to the local one in grad_query (B, H, N, D)."""
-    _query_backward_kernel[_query_grid(query, layout, block, _QUERY_LAUNCH["BLOCK_Q"])](
+    launch = choose_launch(query, _QUERY_LAUNCH, _QUERY_LAUNCH, _PRECISE_QUERY_LAUNCH)
+    _query_backward_kernel[_query_grid(query, layout, block, launch["BLOCK_Q"])](
         query, clusters.key_mean, clusters.value_mean, clusters.log_mass, *layout.query_blocks, chosen,
         grad, lse, delta, grad_query, *token_strides(query, grad, grad_query), *_sizes(query, clusters),
-        scale, **_tiles(query, clusters, chosen), **_QUERY_LAUNCH,
+        scale, **_tiles(query, clusters, chosen), **launch,
     )  # fmt: skip
 
 
@@ -163,7 +166,7 @@ def summary_backward(
     groups = query.shape[1] // kv_heads
     tiles = layout.summary_tiles
     num_tiles = tiles.first.shape[0]
-    launch = _SUMMARY_LAUNCH if head_dim <= 64 else _WIDE_SUMMARY_LAUNCH
+    launch = choose_launch(query, _SUMMARY_LAUNCH, _WIDE_SUMMARY_LAUNCH, _PRECISE_SUMMARY_LAUNCH)
     shares = triton.cdiv(query.shape[2], launch["BLOCK_Q"])  # of a row's queries, at most
     splits = min(shares, triton.cdiv(_PROGRAMS, num_tiles * query.shape[1]))
     parts = torch.empty(

@@ -11,11 +11,20 @@ import torch
 import triton
 import triton.language as tl
 from muse_hf.kernels.clustering import Clusters
-from muse_hf.kernels.common import LOG2_E, load_rows, power_of_two, row_offsets, store_rows, token_strides
+from muse_hf.kernels.common import (
+    LOG2_E,
+    choose_launch,
+    load_rows,
+    power_of_two,
+    row_offsets,
+    store_rows,
+    token_strides,
+)
 
 # Partial outputs that exist at once. Key/value heads are worked through in parts of this size.
 _PARTIAL_BYTES = 1 << 30
 _FORWARD = {"BLOCK_Q": 64, "num_warps": 4, "num_stages": 1}
+_PRECISE = {"BLOCK_Q": 16, "num_warps": 8, "num_stages": 1}
 _BACKWARD = {"BLOCK_Q": 64, "num_warps": 4, "num_stages": 3}
 _WIDE_BACKWARD = {"BLOCK_Q": 64, "num_warps": 8, "num_stages": 2}
 # Programs that share the queries of a cluster in the forward pass.
@@ -262,13 +271,14 @@ def retrieve(
     num_retrieved = choice.shape[2]
     if not num_retrieved:
         return
+    launch = choose_launch(query, _FORWARD, _FORWARD, _PRECISE)
     for kv_heads in _parts(query, key, num_retrieved):
         partial = query.new_empty(len(kv_heads), items.order.shape[1], query.shape[3])
         partial_lse = torch.empty(partial.shape[:2], dtype=torch.float32, device=query.device)
         _retrieve_kernel[(clusters.count.shape[1], _SPLITS, len(kv_heads))](
             query, key, value, clusters.members, clusters.count, *items, partial, partial_lse,
             *token_strides(query, key, value), *_sizes(query, clusters), kv_heads.start, scale,
-            **_tiles(query, clusters, num_retrieved), SPLIT=_SPLITS, **_FORWARD,
+            **_tiles(query, clusters, num_retrieved), SPLIT=_SPLITS, **launch,
         )  # fmt: skip
         _over_queries(_merge_kernel, query, key, kv_heads, num_retrieved)(
             partial, partial_lse, choice, output, lse, *token_strides(output)
@@ -290,7 +300,7 @@ def retrieve_backward(
     """
     num_retrieved = choice.shape[2]
     strides = token_strides(query, key, value, grad, *grads[1:])
-    launch = _BACKWARD if query.shape[3] <= 64 else _WIDE_BACKWARD
+    launch = choose_launch(query, _BACKWARD, _WIDE_BACKWARD, _PRECISE)
     for kv_heads in _parts(query, key, num_retrieved):
         partial = query.new_empty(len(kv_heads), items.order.shape[1], query.shape[3])
         _retrieve_backward_kernel[(clusters.count.shape[1], len(kv_heads))](

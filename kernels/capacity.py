@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 from muse_hf.kernels.common import load_tokens, ordered, plane_of, power_of_two
-from muse_hf.kernels.kmeans import Sorted, nearer
+from muse_hf.kernels.kmeans import Groups, nearer
 from muse_hf.kernels.point_sets import (
     CAPACITY,
     CLUSTERS,
@@ -214,24 +214,28 @@ def _rehouse_kernel(
 
 
 def members_with_capacity(
-    key: torch.Tensor, sets: PointSets, centroids: torch.Tensor, points: Sorted
-) -> tuple[torch.Tensor, torch.Tensor]:
+    key: torch.Tensor, sets: PointSets, centroids: torch.Tensor,
+    groups: Groups, label: torch.Tensor, near: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Members (Hkv, slots) of the clusters of keys, and how many (Hkv, rows) each holds; int32.
 
-    The slots of a cluster are `capacity` consecutive ones, -1 where there is no member. Overwrites `points`
-    where they are keys.
+    The slots of a cluster are `capacity` consecutive ones, -1 where there is no member. Overwrites
+    `label`, `near` and the order of the groups where they are of keys.
+
+    Args:
+        groups, label, near: See `sort_by_cluster`.
     """
     heads, head_dim = key.shape[1], key.shape[3]
     members = torch.full((heads, sets.num_slots), -1, dtype=torch.int32, device=key.device)
     held = members.new_empty(heads, sets.num_key_rows)
     sizes = (sets.num_rows, sets.num_key_rows, sets.num_points, sets.num_slots)
     _accept_kernel[(sets.num_key_rows, heads)](
-        sets.table, sets.set_of_row, points.label, points.order, points.near, points.first, points.count,
+        sets.table, sets.set_of_row, label, groups.order, near, groups.first, groups.count,
         members, held, *sizes, BLOCK_N=1024,
     )  # fmt: skip
     bins = power_of_two(sets.max_clusters)
     _rehouse_kernel[(sets.num_key_sets, heads)](
-        key, sets.table, centroids, points.label, points.order, points.near, members, held,
+        key, sets.table, centroids, label, groups.order, near, members, held,
         *key.stride()[:3], *sizes, ROUNDS=ROUNDS - 1, HEAD_DIM=head_dim, BLOCK_D=power_of_two(head_dim),
         BLOCK_N=64, BLOCK_P=1024, BLOCK_C=min(64, bins), BINS=bins, LOG_BINS=bins.bit_length() - 1,
         num_warps=8,

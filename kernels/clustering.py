@@ -81,19 +81,18 @@ def _means_kernel(
 
 
 def cluster_keys(
-    key: torch.Tensor, value: torch.Tensor, key_start: torch.Tensor,
+    key: torch.Tensor, value: torch.Tensor, key_start: tuple[int, ...],
     size: int, num_clusters: int, capacity: int, iters: int,
 ) -> Clusters:  # fmt: skip
-    """Cluster the key blocks of `size` tokens that begin at token ids `key_start` (F,).
+    """Cluster the key blocks of `size` tokens that begin at token ids `key_start`.
 
     Args:
         key, value: (B, Hkv, N, D), any strides but 1 in the last dimension.
     """
     _, heads, length, head_dim = key.shape
-    sets = _key_sets(key_start, length, size, num_clusters, capacity)
+    sets = _key_sets(key_start, length, size, num_clusters, capacity, key.device)
     centroids = kmeans(key, key, sets, iters)
-    points = sort_by_cluster(key, key, sets, centroids)
-    members, count = members_with_capacity(key, sets, centroids, points)
+    members, count = members_with_capacity(key, sets, centroids, *sort_by_cluster(key, key, sets, centroids))
     rows = heads * sets.num_key_rows + PADDING
     log_mass = torch.zeros(rows, dtype=torch.float32, device=key.device)
     spread = torch.float32 if key.dtype == torch.float32 else torch.bfloat16  # float16 would overflow
@@ -111,8 +110,10 @@ def cluster_keys(
 
 
 @lru_cache(maxsize=32)
-def _key_sets(key_start: torch.Tensor, length: int, size: int, num_clusters: int, capacity: int) -> PointSets:
-    """The blocks as point sets. Points are token ids. Synchronises once for each (cached) layout."""
+def _key_sets(
+    key_start: tuple[int, ...], length: int, size: int, num_clusters: int, capacity: int, device: torch.device
+) -> PointSets:
+    """The blocks as point sets. Points are token ids."""
     sets = [
         PointSet(
             row=start // length,
@@ -125,6 +126,6 @@ def _key_sets(key_start: torch.Tensor, length: int, size: int, num_clusters: int
             first_point=start,
             capacity=capacity,
         )
-        for start in key_start.tolist()
+        for start in key_start
     ]
-    return point_sets(sets, [], key_start.device)
+    return point_sets(sets, [], device)

@@ -38,20 +38,15 @@ from muse_hf.kernels.point_sets import (
 _LARGEST_TILE, _SORT_TILE = 64, 256
 
 
-class Sorted(NamedTuple):
+class Groups(NamedTuple):
     """Points sorted by cluster.
 
     Attributes:
-        label: (H, points) int32 cluster of each point, counted from the first of its set.
         order: (H, points) int32 the points of each set by cluster, and in their order within a cluster.
-        near: (H, points) int32 bits of a uint32 that is the larger the nearer a point is to its centroid. In
-            the order of `order`, for keys only.
         first, count: (H, rows) int32 where in `order` a cluster begins, and how many points it has.
     """
 
-    label: torch.Tensor
     order: torch.Tensor
-    near: torch.Tensor
     first: torch.Tensor
     count: torch.Tensor
 
@@ -329,19 +324,25 @@ def kmeans(query: torch.Tensor, key: torch.Tensor, sets: PointSets, iters: int) 
 
 def sort_by_cluster(
     query: torch.Tensor, key: torch.Tensor, sets: PointSets, centroids: torch.Tensor
-) -> Sorted:
-    """Assign all points to their nearest centroids (H, rows, D) and sort them by cluster."""
+) -> tuple[Groups, torch.Tensor, torch.Tensor]:
+    """Assign all points to their nearest centroids (H, rows, D) and sort them by cluster.
+
+    Returns:
+        The groups; the label (H, points) int32 of each point, the cluster counted from the first of its set;
+        and how near it is to its centroid (H, points) int32, the bits of a uint32 that is the larger the
+        nearer. This is in the order of the groups and for keys only.
+    """
     label, near, rank, counts = _assign(
         query, key, sets, sets.targets, sets.num_points, centroids, START_TOKENS=False
     )
     order, near_sorted = torch.empty_like(label), torch.empty_like(near)
-    first, count = label.new_empty(2, query.shape[1], sets.num_rows)
+    first, count = (label.new_empty(query.shape[1], sets.num_rows) for _ in range(2))
     _sort_kernel[(sets.targets.shape[0], query.shape[1])](
         sets.table, sets.targets, label, near, rank, counts, order, near_sorted, first, count,
         key.shape[1], sets.num_rows, sets.num_points, sets.num_counts,
         BLOCK_N=_SORT_TILE, BINS=power_of_two(sets.max_clusters),
     )  # fmt: skip
-    return Sorted(label, order, near_sorted, first, count)
+    return Groups(order, first, count), label, near_sorted
 
 
 def _assign(query, key, sets, chunks, num_points, centroids, **flags):

@@ -36,12 +36,12 @@ class SummaryTiles(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Blocks of a batch. All tensors are int32 on the device of the inputs.
+    """Blocks of a batch. Tensors are int32 on the device of the inputs.
 
     Attributes:
         block_start, block_length: (Z,) first token id and number of tokens of each block of queries.
         first_cluster, num_seen: (Z,) first cluster that the block sees, and how many.
-        key_start: (F,) first token id of each key block; all have `local_block` tokens.
+        key_start: First token id of each key block, on the host; all have `local_block` tokens.
         bounds: (Z' + 1,) where the blocks and the gaps between sequences begin, and the number of tokens.
         summary_tiles: For the gradients of summaries.
         outside: (B * N,) True at tokens of no sequence, or None if there are none.
@@ -53,7 +53,7 @@ class Layout:
     block_length: torch.Tensor
     first_cluster: torch.Tensor
     num_seen: torch.Tensor
-    key_start: torch.Tensor
+    key_start: tuple[int, ...]
     bounds: torch.Tensor
     summary_tiles: SummaryTiles
     outside: torch.Tensor | None
@@ -112,7 +112,7 @@ def layout_of(
         outside = outside.to(device)
     return Layout(
         *columns(blocks),
-        key_start=torch.tensor(keys, dtype=torch.int32).to(device),
+        key_start=tuple(keys),
         bounds=torch.tensor(bounds, dtype=torch.int32).to(device),
         summary_tiles=SummaryTiles(*columns(tiles)),
         outside=outside,

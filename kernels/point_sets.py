@@ -56,79 +56,112 @@ class PointSet(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PointSets:
+class Sizes:
+    """How much there is of everything, on the host.
+
+    Attributes:
+        num_key_sets, num_key_rows, num_key_points: How many sets, clusters and points are of keys.
+        num_rows, num_points: Clusters and points of keys and queries.
+        num_slots: Places for the members of all clusters of keys.
+        num_pairs: Pairs of a cluster of queries and a cluster of keys that meet.
+        max_clusters: Largest number of clusters in a set.
+    """
+
+    num_key_sets: int
+    num_key_rows: int
+    num_key_points: int
+    num_rows: int
+    num_points: int
+    num_slots: int
+    num_pairs: int
+    max_clusters: int
+
+    @property
+    def num_query_rows(self) -> int:
+        return self.num_rows - self.num_key_rows
+
+    @property
+    def num_query_points(self) -> int:
+        return self.num_points - self.num_key_points
+
+
+@dataclass(frozen=True)
+class PointSets(Sizes):
     """All sets: those of keys come first, then those of queries. Tensors are int32 on the device.
 
     Attributes:
         table: (S, 16) a row a set, see the columns above.
         set_of_row: (R,) the set of each cluster.
         sources, targets: (X, 5) chunks of the tokens that centroids are made of, and of those assigned.
-        num_key_sets, num_key_rows, num_key_points: How many sets, clusters and points are of keys.
-        num_rows, num_points: Clusters and points of keys and queries.
         num_source_points: Tokens that centroids are made of.
-        num_slots: Places for the members of all clusters of keys.
-        num_pairs: Pairs of a cluster of queries and a cluster of keys that meet.
         num_sums, num_counts: Rows of the partial results of `sources` and of `targets`.
-        max_clusters: Largest number of clusters in a set.
     """
 
     table: torch.Tensor
     set_of_row: torch.Tensor
     sources: torch.Tensor
     targets: torch.Tensor
-    num_key_sets: int
-    num_key_rows: int
-    num_key_points: int
-    num_rows: int
-    num_points: int
     num_source_points: int
-    num_slots: int
-    num_pairs: int
     num_sums: int
     num_counts: int
-    max_clusters: int
+
+
+def sizes_of(keys: list[PointSet], queries: list[PointSet]) -> Sizes:
+    """Set i of queries, if there are any, sees set i of keys."""
+    num_key_points, num_query_points = (
+        max((s.first_point + s.num_points for s in sets), default=0) for sets in (keys, queries)
+    )
+    return Sizes(
+        num_key_sets=len(keys),
+        num_key_rows=sum(s.num_clusters for s in keys),
+        num_key_points=num_key_points,
+        num_rows=sum(s.num_clusters for s in keys + queries),
+        num_points=num_key_points + num_query_points,
+        num_slots=sum(s.num_clusters * s.capacity for s in keys),
+        num_pairs=sum(s.num_clusters * q.num_clusters for s, q in zip(keys, queries)),
+        max_clusters=max(s.num_clusters for s in keys + queries),
+    )
 
 
 def point_sets(keys: list[PointSet], queries: list[PointSet], device: torch.device) -> PointSets:
     """Number what belongs to the sets. Set i of queries, if there are any, sees set i of keys."""
-    num_key_points = max(s.first_point + s.num_points for s in keys)
-    num_query_points = max((s.first_point + s.num_points for s in queries), default=0)
-    num_rows = num_slots = num_pairs = num_sums = num_counts = source_point = 0
+    sizes = sizes_of(keys, queries)
+    row = slot = pair = source_point = num_sums = num_counts = 0
     table, set_of_row, sources, targets = [], [], [], []
     for number, s in enumerate(keys + queries):
-        first_point = s.first_point + s.is_query * num_key_points
+        first_point = s.first_point + s.is_query * sizes.num_key_points
         source_chunks = _chunks(number, s.num_clusters, s.start, s.length, source_point, num_sums)
         target_chunks = _chunks(number, s.num_clusters, s.target, s.num_points, first_point, num_counts)
         table.append((
-            s.row, s.start, s.length, s.num_clusters, num_rows,
+            s.row, s.start, s.length, s.num_clusters, row,
             int(s.is_query), s.target, first_point, s.num_points,
             num_sums, len(source_chunks), num_counts, len(target_chunks),
-            s.capacity, num_slots, num_pairs,
+            s.capacity, slot, pair,
         ))  # fmt: skip
         set_of_row += [number] * s.num_clusters
         sources += source_chunks
         targets += target_chunks
         source_point += s.length
-        num_rows += s.num_clusters
+        row += s.num_clusters
         num_sums += len(source_chunks) * s.num_clusters
         num_counts += len(target_chunks) * s.num_clusters
-        num_slots += s.capacity * s.num_clusters
+        slot += s.capacity * s.num_clusters
         if s.is_query:
-            num_pairs += s.num_clusters * keys[number - len(keys)].num_clusters
+            pair += s.num_clusters * keys[number - len(keys)].num_clusters
     return PointSets(
-        *(torch.tensor(rows, dtype=torch.int32).to(device) for rows in (table, set_of_row, sources, targets)),
-        num_key_sets=len(keys),
-        num_key_rows=sum(s.num_clusters for s in keys),
-        num_key_points=num_key_points,
-        num_rows=num_rows,
-        num_points=num_key_points + num_query_points,
+        **vars(sizes),
+        table=_int32(table, device),
+        set_of_row=_int32(set_of_row, device),
+        sources=_int32(sources, device),
+        targets=_int32(targets, device),
         num_source_points=source_point,
-        num_slots=num_slots,
-        num_pairs=num_pairs,
         num_sums=num_sums,
         num_counts=num_counts,
-        max_clusters=max(s.num_clusters for s in keys + queries),
     )
+
+
+def _int32(rows: list, device: torch.device) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.int32).to(device)
 
 
 def _chunks(

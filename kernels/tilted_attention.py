@@ -1,15 +1,39 @@
-"""MuSe attention with tilted summaries and without retrieval, forward and backward: the paper's setting."""
+"""MuSe attention with tilted summaries and without retrieval, the paper's setting: forward and backward.
 
+Acausal, all queries and keys of a batch row meet at once. Causal, they meet in the blocks of dyadic levels, and
+exact local attention is joined with them. As in `muse_hf.kernels.attention`, forward and backward are custom
+operators under torch.compile.
+"""
+
+from collections.abc import Sequence
 from functools import lru_cache
+from itertools import chain
 
 import torch
+from muse_hf.kernels import attention
+from muse_hf.kernels.attention import _laid_out_like
 from muse_hf.kernels.capacity import members_with_capacity
-from muse_hf.kernels.kmeans import Sorted, kmeans, sort_by_cluster
-from muse_hf.kernels.point_sets import PointSet, PointSets, point_sets
+from muse_hf.kernels.kmeans import Groups, kmeans, sort_by_cluster
+from muse_hf.kernels.levels import Levels, add_levels, dyadic_levels, dyadic_sets, merge_levels, num_levels
+from muse_hf.kernels.local import local_backward, local_forward
+from muse_hf.kernels.point_sets import PointSet, PointSets, point_sets, sizes_of
 from muse_hf.kernels.tilted_refinement import refine, refine_backward
 from muse_hf.kernels.tilted_summaries import Summaries, summaries_backward, summarise
+from torch.autograd.function import once_differentiable
 
 from muse_hf.config import MuseConfig
+
+# Arguments of `forward` that are not tensors.
+_NUM_SETTINGS = 8
+
+
+def reason_against(query: torch.Tensor, key: torch.Tensor, is_causal: bool, config: MuseConfig) -> str | None:
+    """Why these kernels cannot serve a call, or None if they can. Shapes as in `triton_tilted_attention`."""
+    if config.summaries != "tilted" or config.num_retrieved:
+        return 'they serve summaries="tilted" with num_retrieved=0'
+    if is_causal and config.hierarchy != "dyadic":
+        return 'they serve causal attention with summaries="tilted" and hierarchy="dyadic" only'
+    return attention.reason_against(query, key, True, MuseConfig(num_retrieved=0))
 
 
 def triton_tilted_attention(
@@ -17,75 +41,232 @@ def triton_tilted_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     *,
-    is_causal: bool,
     scale: float,
     config: MuseConfig,
+    sequences: Sequence[tuple[int, int]] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """MuSe attention with tilted summaries.
 
     Args:
         query: (B, H, Q, D) float16, bfloat16 or float32. key, value: (B, Hkv, K, D).
+        sequences: For causal attention, first token id (row * N + token) and length of each sequence, in
+            ascending order; at least one is longer than `local_block`. None of them: acausal attention.
 
     Returns:
-        Output (B, H, Q, D) and logsumexp (B, H, Q) float32.
+        Output (B, H, Q, D) and logsumexp (B, H, Q) float32, zero outside the sequences.
     """
-    tensors = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
-    return _Attend.apply(*tensors, scale, config)
+    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    if sequences:
+        longest = max(length for _, length in sequences)
+        blocks = [config.local_block << level for level in range(num_levels(longest, config.local_block))]
+    else:
+        blocks = [key.shape[2], query.shape[2]]
+    attend = _attention if torch.compiler.is_compiling() else _Attend.apply
+    output, _, row_lse, *_ = attend(
+        query, key, value, scale, [*chain.from_iterable(sequences)], config.local_block,
+        [config.clusters_for(block) for block in blocks], [config.capacity_for(block) for block in blocks],
+        config.query_centroids == "own", config.kmeans_iters, config.multipole == "dipole",
+    )  # fmt: skip
+    return output, row_lse.detach()
 
 
-@lru_cache(maxsize=32)
 def acausal_sets(
-    batch: int, num_keys: int, num_queries: int, key_clusters: int, query_clusters: int, capacity: int,
-    device: torch.device,
-) -> PointSets:  # fmt: skip
+    batch: int, num_keys: int, num_queries: int, clusters: tuple[int, ...], capacity: int
+) -> tuple[list[PointSet], list[PointSet]]:
     """All keys and all queries of a row are a set each. Points are tokens of the batch."""
     keys = [
-        PointSet(row, 0, num_keys, key_clusters, False, 0, num_keys, row * num_keys, capacity)
+        PointSet(row, 0, num_keys, clusters[0], False, 0, num_keys, row * num_keys, capacity)
         for row in range(batch)
     ]
     queries = [
-        PointSet(row, 0, num_queries, query_clusters, True, 0, num_queries, row * num_queries)
+        PointSet(row, 0, num_queries, clusters[1], True, 0, num_queries, row * num_queries)
         for row in range(batch)
     ]
-    return point_sets(keys, queries, device)
+    return keys, queries
+
+
+@lru_cache(maxsize=32)
+def _acausal_point_sets(*arguments, device: torch.device) -> PointSets:
+    return point_sets(*acausal_sets(*arguments), device)
+
+
+def _levels(
+    query: torch.Tensor, key: torch.Tensor, sequences: Sequence[int], block: int, clusters: Sequence[int],
+    capacities: Sequence[int], own: bool,
+) -> tuple[PointSets, Levels | None]:  # fmt: skip
+    """All point sets, and for causal attention the levels they belong to. Arguments as in `forward`."""
+    batch, _, length, _ = query.shape
+    if not sequences:
+        sizes = (batch, key.shape[2], length, tuple(clusters), capacities[0])
+        return _acausal_point_sets(*sizes, device=query.device), None
+    levels = dyadic_levels(
+        tuple(sequences), batch * length, length, block, tuple(clusters), tuple(capacities), own, query.device
+    )
+    return levels.sets, levels
+
+
+def forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    sequences: Sequence[int],
+    block: int,
+    clusters: Sequence[int],
+    capacities: Sequence[int],
+    own: bool,
+    kmeans_iters: int,
+    dipole: bool,
+) -> list[torch.Tensor]:
+    """Output, logsumexp as kernels and as users index it, and what else the backward pass needs.
+
+    Args:
+        sequences: First token id and length of each in turn; none for acausal attention.
+        block: Tokens in a block of exact attention.
+        clusters, capacities: Of causal attention for each size of blocks, smallest first; of acausal
+            attention for the keys and for the queries.
+        own: Whether causal query centroids are made of the attending block.
+    """
+    batch, heads, length, head_dim = query.shape
+    sets, levels = _levels(query, key, sequences, block, clusters, capacities, own)
+    centroids = kmeans(query, key, sets, kmeans_iters)
+    groups, label, near = sort_by_cluster(query, key, sets, centroids)
+    members, held = members_with_capacity(key, sets, centroids, groups, label, near)
+    summaries = summarise(key, value, sets, members, held, centroids, scale, dipole)
+    part_lse = query.new_empty(heads, sets.num_query_points, dtype=torch.float32)
+    if levels is None:
+        output = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+        refine(query, sets, groups, centroids, summaries, _rows_of(output), part_lse, scale)
+        row_lse = part_lse.unflatten(1, (batch, length)).transpose(0, 1).clone()
+        results = [output, part_lse, row_lse]
+    else:
+        parts = query.new_empty(heads, sets.num_query_points, head_dim)
+        refine(query, sets, groups, centroids, summaries, parts, part_lse, scale)
+        local = local_forward(query, key, value, levels.layout, scale, block)
+        results = [*merge_levels(levels, block, *local, parts, part_lse), part_lse]
+    return [*results, centroids, members, held, *groups, *(x for x in summaries if x is not None)]
+
+
+_attention = torch.library.custom_op("muse_hf::tilted_attention", forward, mutates_args=())
+
+
+@_attention.register_fake
+def _(query, key, value, scale, sequences, block, clusters, capacities, own, kmeans_iters, dipole):
+    batch, heads, length, head_dim = query.shape
+    kv_heads = key.shape[1]
+    if sequences:
+        sets = dyadic_sets(tuple(sequences), length, block, tuple(clusters), tuple(capacities), own)
+    else:
+        sets = acausal_sets(batch, key.shape[2], length, clusters, capacities[0])
+    sizes = sizes_of(*sets)
+
+    def new(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+        return query.new_empty(shape, dtype=dtype)
+
+    def log(*shape: int) -> torch.Tensor:
+        return new(*shape, dtype=torch.float32)
+
+    def vectors(*shape: int) -> torch.Tensor:
+        return new(*shape, head_dim, dtype=query.dtype)
+
+    results = [vectors(batch, length, heads).transpose(1, 2), log(heads, batch * length)]
+    results += [log(batch, heads, length)]
+    results += [log(heads, sizes.num_query_points)] if sequences else []
+    results += [vectors(heads, sizes.num_rows), new(kv_heads, sizes.num_slots)]
+    results += [new(kv_heads, sizes.num_key_rows), new(heads, sizes.num_points)]
+    results += [new(heads, sizes.num_rows), new(heads, sizes.num_rows), log(heads, sizes.num_pairs)]
+    results += [vectors(heads, sizes.num_pairs), vectors(heads, sizes.num_pairs)]
+    if dipole:
+        results += [vectors(kv_heads, sizes.num_key_rows, head_dim)]
+        results += [log(2, kv_heads, sizes.num_key_rows, head_dim)]
+        results += [vectors(heads, sizes.num_query_rows, head_dim), log(heads, sizes.num_query_rows)]
+    return results
+
+
+def backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    saved: list[torch.Tensor],
+    scale: float,
+    sequences: Sequence[int],
+    block: int,
+    clusters: Sequence[int],
+    capacities: Sequence[int],
+    own: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value. `saved` is what `forward` returns behind the logsumexp."""
+    sets, levels = _levels(query, key, sequences, block, clusters, capacities, own)
+    part_lse, saved = (lse, saved) if levels is None else (saved[0], saved[1:])
+    centroids, members, held, *saved = saved
+    groups, summaries = Groups(*saved[:3]), Summaries(*saved[3:])
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    if levels is None:
+        grads = [t.new_empty(t.transpose(1, 2).shape).transpose(1, 2) for t in (query, key, value)]
+        rows = [_rows_of(tensor) for tensor in grads]
+    else:
+        head_dim = query.shape[3]
+        rows = [query.new_empty(query.shape[1], sets.num_query_points, head_dim)]
+        rows += [key.new_empty(key.shape[1], sets.num_key_points, head_dim) for _ in range(2)]
+    summary_grads = refine_backward(
+        query, grad, output, lse, part_lse, sets, groups, centroids, summaries, rows[0], scale
+    )
+    summaries_backward(
+        key, value, sets, members, held, centroids, scale, summaries, summary_grads, *rows[1:]
+    )
+    if levels is None:
+        return tuple(_laid_out_like(share, tensor) for share, tensor in zip(grads, (query, key, value)))
+    local = local_backward(grad, query, key, value, output, lse, levels.layout, scale, block)
+    parts = (levels.query_parts, levels.key_parts, levels.key_parts)
+    shares = zip(parts, local, rows, (query, key, value))
+    return tuple(add_levels(levels, block, *share) for share in shares)
+
+
+def _rows_of(tensor: torch.Tensor) -> torch.Tensor:
+    """(B, H, N, D) as a view (H, B * N, D)."""
+    return tensor.transpose(0, 1).flatten(1, 2)
+
+
+_attention_backward = torch.library.custom_op("muse_hf::tilted_attention_backward", backward, mutates_args=())
+
+
+@_attention_backward.register_fake
+def _(grad, query, key, value, *_):
+    return tuple(torch.empty_like(tensor) for tensor in (query, key, value))
+
+
+def _save(ctx, inputs, output):
+    query, key, value, *settings = inputs
+    merged, lse, _, *rest = output
+    ctx.save_for_backward(query, key, value, merged, lse, *rest)
+    ctx.settings = settings[:6]
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, grad, run):
+    if grad is None:
+        return (None,) * (3 + _NUM_SETTINGS)
+    query, key, value, output, lse, *saved = ctx.saved_tensors
+    return *run(grad, query, key, value, output, lse, saved, *ctx.settings), *(None,) * _NUM_SETTINGS
+
+
+_attention.register_autograd(
+    lambda ctx, grads: _gradients(ctx, grads[0], _attention_backward), setup_context=_save
+)
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, scale, config):
-        batch, heads, num_queries, head_dim = query.shape
-        num_keys = key.shape[2]
-        sets = acausal_sets(
-            batch, num_keys, num_queries, config.clusters_for(num_keys), config.clusters_for(num_queries),
-            config.capacity_for(num_keys), query.device,
-        )  # fmt: skip
-        centroids = kmeans(query, key, sets, config.kmeans_iters)
-        points = sort_by_cluster(query, key, sets, centroids)
-        members, held = members_with_capacity(key, sets, centroids, points)
-        summaries = summarise(key, value, sets, members, held, centroids, scale, config.multipole == "dipole")
-        rows = query.new_empty(batch * num_queries, heads, head_dim).transpose(0, 1)
-        lse = query.new_empty(heads, batch * num_queries, dtype=torch.float32)
-        refine(query, sets, points, centroids, summaries, rows, lse, scale)
-        output = rows.unflatten(1, (batch, num_queries)).transpose(0, 1)
-        ctx.save_for_backward(query, key, value, output, lse, centroids, members, held, *points, *summaries)
-        ctx.sets, ctx.scale = sets, scale
-        row_lse = lse.unflatten(1, (batch, -1)).transpose(0, 1)
-        ctx.mark_non_differentiable(row_lse)
-        return output, row_lse
+    def forward(ctx, *inputs):
+        results = forward(*inputs)
+        _save(ctx, inputs, results)
+        ctx.mark_non_differentiable(*results[1:])
+        return tuple(results)
 
     @staticmethod
-    def backward(ctx, grad, _):
-        query, key, value, output, lse, centroids, members, held, *rest = ctx.saved_tensors
-        points, summaries = Sorted(*rest[: len(Sorted._fields)]), Summaries(*rest[len(Sorted._fields) :])
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        grads = [
-            tensor.new_empty(tensor.transpose(1, 2).shape).transpose(1, 2) for tensor in (query, key, value)
-        ]
-        rows = [tensor.transpose(0, 1).flatten(1, 2) for tensor in grads]
-        summary_grads = refine_backward(
-            query, grad, output, lse, lse, ctx.sets, points, centroids, summaries, rows[0], ctx.scale
-        )
-        summaries_backward(
-            key, value, ctx.sets, members, held, centroids, ctx.scale, summaries, summary_grads, *rows[1:]
-        )
-        return *grads, None, None
+    @once_differentiable
+    def backward(ctx, grad, *_):
+        return _gradients(ctx, grad, backward)

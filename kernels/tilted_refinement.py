@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from muse_hf.kernels.common import load_tokens, plane_of, power_of_two, store_tokens
-from muse_hf.kernels.kmeans import Sorted
+from muse_hf.kernels.kmeans import Groups
 from muse_hf.kernels.point_sets import (
     CLUSTERS,
     FIRST_PAIR,
@@ -229,7 +229,7 @@ def _dipole_backward_kernel(
 
 
 def refine(
-    query: torch.Tensor, sets: PointSets, points: Sorted, centroids: torch.Tensor, summaries: Summaries,
+    query: torch.Tensor, sets: PointSets, groups: Groups, centroids: torch.Tensor, summaries: Summaries,
     output: torch.Tensor, lse: torch.Tensor, scale: float,
 ) -> None:  # fmt: skip
     """Write the output of the summaries to the query points (H, points, D), any strides, and lse (H, points).
@@ -238,8 +238,8 @@ def refine(
         query: (B, H, Q, D).
     """
     sizes = (sets.num_key_sets, sets.num_key_rows, sets.num_rows, sets.num_key_points, sets.num_points)
-    _forward_kernel[(sets.num_rows - sets.num_key_rows, query.shape[1])](
-        query, sets.table, sets.set_of_row, points.order, points.first, points.count, centroids,
+    _forward_kernel[(sets.num_query_rows, query.shape[1])](
+        query, sets.table, sets.set_of_row, *groups, centroids,
         summaries.log_mass, summaries.key_mean, summaries.value_mean, summaries.dipole, output, lse,
         *query.stride()[:3], *output.stride()[:2], *sizes, sets.num_pairs, scale,
         DIPOLE=summaries.dipole is not None, **_tiles(query, sets),
@@ -248,7 +248,7 @@ def refine(
 
 def refine_backward(
     query: torch.Tensor, grad: torch.Tensor, output: torch.Tensor, lse: torch.Tensor, part_lse: torch.Tensor,
-    sets: PointSets, points: Sorted, centroids: torch.Tensor, summaries: Summaries, grad_query: torch.Tensor,
+    sets: PointSets, groups: Groups, centroids: torch.Tensor, summaries: Summaries, grad_query: torch.Tensor,
     scale: float,
 ) -> SummaryGradients:  # fmt: skip
     """Write the gradients of the queries to their points (H, points, D), any strides; those of summaries.
@@ -267,12 +267,12 @@ def refine_backward(
         torch.empty_like(summaries.log_total) if dipole else None,
     )
     tiles = _tiles(query, sets)
-    num_query_rows = sets.num_rows - sets.num_key_rows
+    num_query_rows = sets.num_query_rows
     sizes = (sets.num_key_sets, sets.num_key_rows, sets.num_rows, sets.num_key_points, sets.num_points)
-    groups = (sets.table, sets.set_of_row, points.order, points.first, points.count, centroids)
     strides = *query.stride()[:3], *grad.stride()[:3]
     _backward_kernel[(num_query_rows, heads)](
-        query, grad, output, lse, *groups, summaries.log_mass, summaries.key_mean, summaries.value_mean,
+        query, grad, output, lse, sets.table, sets.set_of_row, *groups, centroids,
+        summaries.log_mass, summaries.key_mean, summaries.value_mean,
         summaries.dipole, grad_query, grads.key_mean, grads.value_mean, grads.constant, grads.product,
         *strides, *output.stride()[:3], *grad_query.stride()[:2], *sizes, sets.num_pairs,
         length, lse.shape[1], scale, DIPOLE=dipole, **{**tiles, "num_warps": 8},
@@ -280,7 +280,7 @@ def refine_backward(
     if dipole:
         del tiles["BLOCK_C"], tiles["ONE_TILE"]
         _dipole_backward_kernel[(triton.cdiv(tiles["HEAD_DIM"], tiles["BLOCK_E"]), num_query_rows, heads)](
-            query, grad, part_lse, lse, *groups, grads.dipole, *strides, *sizes, length, lse.shape[1], scale,
+            query, grad, part_lse, lse, sets.table, sets.set_of_row, *groups, centroids, grads.dipole, *strides, *sizes, length, lse.shape[1], scale,
             **tiles,
         )  # fmt: skip
     return grads

@@ -46,10 +46,10 @@ class Summaries(NamedTuple):
     log_mass: torch.Tensor
     key_mean: torch.Tensor
     value_mean: torch.Tensor
-    covariance: torch.Tensor | None
-    means: torch.Tensor | None
-    dipole: torch.Tensor | None
-    log_total: torch.Tensor | None
+    covariance: torch.Tensor | None = None
+    means: torch.Tensor | None = None
+    dipole: torch.Tensor | None = None
+    log_total: torch.Tensor | None = None
 
 
 class SummaryGradients(NamedTuple):
@@ -378,15 +378,14 @@ def summarise(
     """
     kv_heads, head_dim = key.shape[1], key.shape[3]
     heads = centroids.shape[0]
-    num_query_rows = sets.num_rows - sets.num_key_rows
     log_mass = key.new_empty(heads, sets.num_pairs, dtype=torch.float32)
-    key_mean, value_mean = key.new_empty(2, heads, sets.num_pairs, head_dim)
+    key_mean, value_mean = (key.new_empty(heads, sets.num_pairs, head_dim) for _ in range(2))
     covariance = means = moment = log_total = None
     if dipole:
         covariance = key.new_empty(kv_heads, sets.num_key_rows, head_dim, head_dim)
         means = key.new_empty(2, kv_heads, sets.num_key_rows, head_dim, dtype=torch.float32)
-        moment = key.new_empty(heads, num_query_rows, head_dim, head_dim)
-        log_total = key.new_empty(heads, num_query_rows, dtype=torch.float32)
+        moment = key.new_empty(heads, sets.num_query_rows, head_dim, head_dim)
+        log_total = key.new_empty(heads, sets.num_query_rows, dtype=torch.float32)
     tiles = _tiles(key, sets)
     tiles_of_centroids = triton.cdiv(sets.max_clusters, tiles["BLOCK_A"])
     groups = heads // kv_heads
@@ -410,7 +409,7 @@ def summaries_backward(
     """Write the gradients of keys and values to the points (Hkv, points, D) of their sets, any strides."""
     kv_heads, head_dim = key.shape[1], key.shape[3]
     heads = centroids.shape[0]
-    groups, num_query_rows = heads // kv_heads, sets.num_rows - sets.num_key_rows
+    groups = heads // kv_heads
     match = grad_covariance = None
     num_parts = 0
     if grads.dipole is not None:
@@ -430,7 +429,7 @@ def summaries_backward(
         match = key.new_empty(num_parts, heads, sets.num_pairs, dtype=torch.float32)
         _match_kernel[(num_parts * tiles_of_clusters**2, sets.num_key_sets, heads)](
             sets.table, summaries.covariance, grads.dipole, match, sets.num_key_sets, sets.num_key_rows,
-            num_query_rows, sets.num_pairs, heads, num_parts, tiles_of_clusters,
+            sets.num_query_rows, sets.num_pairs, heads, num_parts, tiles_of_clusters,
             GROUP_HEADS=groups, SIZE=head_dim**2, PART=_PART, BLOCK_A=tile, BLOCK_C=tile, BLOCK_E=64,
         )  # fmt: skip
     means = (None, None) if summaries.means is None else summaries.means
@@ -450,7 +449,7 @@ def _mix(key, sets, log_mass, log_total, source, target, groups, **flags):
     num_parts = triton.cdiv(head_dim**2, _MIXED)
     _mix_kernel[(num_parts * triton.cdiv(sets.max_clusters, tile), sets.num_key_sets, log_mass.shape[0])](
         sets.table, log_mass, log_total, source, target, sets.num_key_sets, sets.num_key_rows,
-        sets.num_rows - sets.num_key_rows, sets.num_pairs, num_parts,
+        sets.num_query_rows, sets.num_pairs, num_parts,
         GROUP_HEADS=groups, SIZE=head_dim**2, BLOCK_X=tile, BLOCK_Y=tile, BLOCK_E=_MIXED, num_stages=1,
         **flags,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,12 +55,9 @@ def muse_attention(
     query, key, value = _checked(query, key, value, is_causal, scale, segments)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
 
-    if _use_triton(query, key, is_causal, config, segments):
-        from muse_hf.kernels.attention import triton_attention
-
-        output, lse = triton_attention(
-            query, key, value, scale=scale, config=config, sequences=_sequences(query, segments)
-        )
+    if kernels := _kernels(query, key, is_causal, config, segments):
+        sequences = _sequences(query, segments) if is_causal else ()
+        output, lse = kernels(query, key, value, scale=scale, config=config, sequences=sequences)
         return (output, lse) if return_lse else output
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor):
@@ -101,32 +99,38 @@ def exact_attention(
     return map_segments(attend, query, key, value, segments)[0]
 
 
-def _use_triton(
+def _kernels(
     query: torch.Tensor, key: torch.Tensor, is_causal: bool, config: MuseConfig, segments: Segments | None
-) -> bool:
-    """Whether the Triton kernels serve a call, by the backend that is asked for and what they can do."""
+) -> Callable[..., tuple[torch.Tensor, torch.Tensor]] | None:
+    """The Triton op that serves a call, by the backend that is asked for and what it can do, if any."""
     if config.backend == "reference" or (config.backend == "auto" and not query.is_cuda):
-        return False
+        return None
     longest = key.shape[2] if segments is None else max(segments.lengths, default=0)
     if longest <= config.local_block:
-        reason = "sequences no longer than local_block are exact attention"
+        op, reason = None, "sequences no longer than local_block are exact attention"
+    elif not is_causal and segments is not None:
+        op, reason = None, "they serve padded and packed batches in causal attention only"
     else:
-        reason = _reason_against_triton(query, key, is_causal, config)
+        op, reason = _op_and_reason_against(query, key, is_causal, config)
     if reason and config.backend == "triton":
         raise NotImplementedError(
             f'MuseConfig.backend="triton" cannot be obeyed: {reason}; use "auto" or "reference"'
         )
-    return reason is None
+    return None if reason else op
 
 
-def _reason_against_triton(
+def _op_and_reason_against(
     query: torch.Tensor, key: torch.Tensor, is_causal: bool, config: MuseConfig
-) -> str | None:
+) -> tuple[Callable[..., tuple[torch.Tensor, torch.Tensor]] | None, str | None]:
     try:  # Triton is there on Linux only, and only needed here
-        from muse_hf.kernels.attention import reason_against
+        from muse_hf.kernels import attention, tilted_attention
     except ImportError as error:
-        return str(error)
-    return reason_against(query, key, is_causal, config)
+        return None, str(error)
+    if config.summaries == "tilted":
+        op, reason_against = tilted_attention.triton_tilted_attention, tilted_attention.reason_against
+    else:
+        op, reason_against = attention.triton_attention, attention.reason_against
+    return op, reason_against(query, key, is_causal, config)
 
 
 def _sequences(query: torch.Tensor, segments: Segments | None) -> tuple[tuple[int, int], ...]:

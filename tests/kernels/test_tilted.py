@@ -3,12 +3,11 @@
 import pytest
 import torch
 from muse_hf.kernels import kmeans, point_sets, tilted_refinement, tilted_summaries
-from muse_hf.kernels.tilted_attention import triton_tilted_attention
 
 from muse_hf import MuseConfig, muse_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CONFIG = MuseConfig.paper(local_block=16, num_clusters=6, backend="reference")
+CONFIG = MuseConfig.paper(local_block=16, num_clusters=6, backend="triton")
 NAMES = ("output", "logsumexp", "query gradient", "key gradient", "value gradient")
 
 
@@ -22,33 +21,19 @@ def inputs(batch=1, heads=1, kv_heads=1, queries=40, keys=50, head_dim=16):
     ]
 
 
-def results(attend, tensors):
+def results(tensors, is_causal, config, segments=None):
     """Output, logsumexp and the gradients of query, key and value."""
     *leaves, grad = tensors
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in leaves]
-    output, lse = attend(*leaves)
-    output.backward(grad)
-    return [output, lse, *(leaf.grad for leaf in leaves)]
-
-
-def kernels(tensors, is_causal, config):
-    scale = tensors[0].shape[-1] ** -0.5
-    return results(
-        lambda q, k, v: triton_tilted_attention(q, k, v, is_causal=is_causal, scale=scale, config=config),
-        tensors,
+    leaves = [tensor.detach().requires_grad_() for tensor in leaves]
+    output, lse = muse_attention(
+        *leaves, is_causal=is_causal, config=config, segments=segments, return_lse=True
     )
-
-
-def reference(tensors, is_causal, config):
-    return results(
-        lambda q, k, v: muse_attention(q, k, v, is_causal=is_causal, config=config, return_lse=True),
-        [tensor.double() for tensor in tensors],
-    )
+    return [output, lse, *torch.autograd.grad(output, leaves, grad)]
 
 
 def check(tensors, is_causal, config):
-    expected = reference(tensors, is_causal, config)
-    for name, actual, exact in zip(NAMES, kernels(tensors, is_causal, config), expected):
+    expected = results([tensor.double() for tensor in tensors], is_causal, config.replace(backend="reference"))
+    for name, actual, exact in zip(NAMES, results(tensors, is_causal, config), expected):
         error = (actual.double() - exact).norm() / exact.norm()
         assert error < 2e-6, f"{name}: relative error {error:.1e}"
 
@@ -66,6 +51,19 @@ def test_acausal_kernels_compute_what_the_reference_does(shape, changes):
     check(inputs(**shape), False, CONFIG.replace(**changes))
 
 
+@pytest.mark.parametrize(
+    ("shape", "changes"),
+    [
+        ({"heads": 2, "keys": 70}, {}),
+        ({"batch": 2, "head_dim": 24, "keys": 48}, {"multipole": "monopole", "query_centroids": "own"}),
+        ({"keys": 37}, {"cluster_size": 3, "query_centroids": "own"}),
+    ],
+    ids=["grouped heads, three levels", "full blocks, own centroids", "fewer queries than clusters"],
+)
+def test_causal_kernels_compute_what_the_reference_does(shape, changes):
+    check(inputs(queries=shape["keys"], **shape), True, CONFIG.replace(**changes))
+
+
 def test_many_clusters_and_tokens_are_worked_through_in_parts(monkeypatch):
     for module, name in (
         (kmeans, "_LARGEST_TILE"),
@@ -80,5 +78,5 @@ def test_many_clusters_and_tokens_are_worked_through_in_parts(monkeypatch):
 
 def test_the_same_inputs_give_the_same_bits():
     tensors = inputs(queries=30, keys=30)
-    for first, second in zip(kernels(tensors, False, CONFIG), kernels(tensors, False, CONFIG)):
+    for first, second in zip(results(tensors, False, CONFIG), results(tensors, False, CONFIG)):
         assert torch.equal(first, second)

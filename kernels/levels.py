@@ -1,0 +1,235 @@
+"""The levels of causal dyadic attention: which blocks meet at each size, and how what they give is joined.
+
+For s = `local_block` times 1, 2, 4, ... the queries of odd block 2i + 1 of size s see the keys of even block
+2i. Every level leaves parts behind: an output and logsumexp for each of its queries, and gradients of its
+queries and keys. The parts of a token are added to its exact local attention in a fixed order.
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from muse_hf.kernels.common import load_tokens, plane_of, power_of_two, store_tokens
+from muse_hf.kernels.layout import Layout, layout_of
+from muse_hf.kernels.point_sets import PointSet, PointSets, point_sets
+
+
+class Parts(NamedTuple):
+    """Where the parts of the tokens of each block lie.
+
+    Attributes:
+        bounds: (Z + 1,) int32 where the parts of a block begin in `point`.
+        point: (X,) int32 number of the point of the block's first token in one level; others follow it.
+    """
+
+    bounds: torch.Tensor
+    point: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Levels:
+    """All levels of a batch.
+
+    Attributes:
+        sets: Keys and queries that meet, largest blocks first.
+        layout: The blocks of the exact local part.
+        query_parts, key_parts: Parts of queries and of keys.
+    """
+
+    sets: PointSets
+    layout: Layout
+    query_parts: Parts
+    key_parts: Parts
+
+
+def num_levels(length: int, block: int) -> int:
+    """Sizes of blocks in a sequence."""
+    return (-(-length // block) - 1).bit_length()
+
+
+def dyadic_sets(
+    sequences: tuple[int, ...], length: int, block: int, clusters: tuple[int, ...],
+    capacities: tuple[int, ...], own: bool,
+) -> tuple[list[PointSet], list[PointSet]]:  # fmt: skip
+    """Sets of keys, and those of the queries that see them.
+
+    Args:
+        sequences: First token id (row * `length` + token) and length of each in turn.
+        clusters, capacities: For each size of blocks, smallest first.
+        own: Whether query centroids are made of the queries themselves, not of those of the key block.
+    """
+    keys, queries = [], []
+    first_key = first_query = 0
+    for level in reversed(range(len(clusters))):
+        size, num_clusters = block << level, clusters[level]
+        for start, many in zip(sequences[::2], sequences[1::2]):
+            row, begin, end = start // length, start % length, start % length + many
+            for key in range(begin, end - size, 2 * size):
+                query, num_queries = key + size, min(size, end - key - size)
+                keys.append(
+                    PointSet(
+                        row, key, size, num_clusters, False, key, size, first_key, capacities[level]
+                    )
+                )
+                source = (query, num_queries) if own else (key, size)
+                queries.append(PointSet(row, *source, num_clusters, True, query, num_queries, first_query))
+                first_key += size
+                first_query += num_queries
+    return keys, queries
+
+
+@lru_cache(maxsize=32)
+def dyadic_levels(
+    sequences: tuple[int, ...], num_tokens: int, length: int, block: int, clusters: tuple[int, ...],
+    capacities: tuple[int, ...], own: bool, device: torch.device,
+) -> Levels:  # fmt: skip
+    """The levels of sequences in a batch of `num_tokens`, rows of `length`. Arguments as in `dyadic_sets`."""
+    keys, queries = dyadic_sets(sequences, length, block, clusters, capacities, own)
+    blocks = [
+        start + offset
+        for start, many in zip(sequences[::2], sequences[1::2])
+        for offset in range(0, many, block)
+    ]
+    layout = layout_of(sequences, num_tokens, block, 1, device)
+    parts = (_parts(sets, blocks, length, block, device) for sets in (queries, keys))
+    return Levels(point_sets(keys, queries, device), layout, *parts)
+
+
+def _parts(sets: list[PointSet], blocks: list[int], length: int, block: int, device: torch.device) -> Parts:
+    points = defaultdict(list)
+    for s in sets:
+        for offset in range(0, s.num_points, block):
+            points[s.row * length + s.target + offset].append(s.first_point + offset)
+    bounds = [0]
+    for start in blocks:
+        bounds.append(bounds[-1] + len(points[start]))
+    flat = [point for start in blocks for point in points[start]]
+    return Parts(*(torch.tensor(column, dtype=torch.int32).to(device) for column in (bounds, flat)))
+
+
+@triton.jit
+def _block_of(block_start, block_length, length, BLOCK_N: tl.constexpr):
+    """Row, tokens and their offsets in their block, for one tile of a block."""
+    z = tl.program_id(2)
+    start = tl.load(block_start + z)
+    offsets = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return z, start // length, start % length + offsets, offsets, offsets < tl.load(block_length + z)
+
+
+@triton.jit
+def _merge_kernel(
+    block_start, block_length, bounds, point, local, local_lse, parts, part_lse, output, lse, row_lse,
+    stride_lb, stride_lh, stride_ln, stride_ob, stride_oh, stride_on, length, num_tokens, num_points,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Join the local part of a tile of queries with those of the levels."""
+    head = tl.program_id(1).to(tl.int64)
+    z, row, tokens, offsets, inside = _block_of(block_start, block_length, length, BLOCK_N)
+    first, end = tl.load(bounds + z), tl.load(bounds + z + 1)
+    ids = head * num_tokens + row.to(tl.int64) * length + tokens
+    local_share = tl.load(local_lse + ids, mask=inside, other=0)
+    parts += head * num_points * HEAD_DIM
+    part_lse += head * num_points
+    top = local_share
+    for i in range(first, end):
+        share = tl.load(part_lse + tl.load(point + i) + offsets, mask=inside, other=-float("inf"))
+        top = tl.maximum(top, share)
+    total = tl.exp(local_share - top)
+    x = load_tokens(
+        plane_of(local, row, head, stride_lb, stride_lh), tokens, inside, stride_ln, HEAD_DIM, BLOCK_D
+    )
+    o = x.to(tl.float32) * total[:, None]
+    for i in range(first, end):
+        points = tl.load(point + i) + offsets
+        share = tl.exp(tl.load(part_lse + points, mask=inside, other=-float("inf")) - top)
+        x = load_tokens(parts, points, inside, HEAD_DIM, HEAD_DIM, BLOCK_D)
+        o += x.to(tl.float32) * share[:, None]
+        total += share
+    o *= (1 / total)[:, None]
+    merged = top + tl.log(total)
+    store_tokens(
+        plane_of(output, row, head, stride_ob, stride_oh), o, tokens, inside, stride_on, HEAD_DIM, BLOCK_D
+    )
+    tl.store(lse + ids, merged, mask=inside)
+    at = (row.to(tl.int64) * tl.num_programs(1) + head) * length + tokens
+    tl.store(row_lse + at, merged, mask=inside)
+
+
+@triton.jit
+def _add_kernel(
+    block_start, block_length, bounds, point, local, parts, total,
+    stride_lb, stride_lh, stride_ln, stride_tb, stride_th, stride_tn, length, num_points,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Add the parts of the levels to the local part of a tile of tokens."""
+    head = tl.program_id(1).to(tl.int64)
+    z, row, tokens, offsets, inside = _block_of(block_start, block_length, length, BLOCK_N)
+    parts += head * num_points * HEAD_DIM
+    x = load_tokens(
+        plane_of(local, row, head, stride_lb, stride_lh), tokens, inside, stride_ln, HEAD_DIM, BLOCK_D
+    ).to(tl.float32)
+    for i in range(tl.load(bounds + z), tl.load(bounds + z + 1)):
+        x += load_tokens(parts, tl.load(point + i) + offsets, inside, HEAD_DIM, HEAD_DIM, BLOCK_D)
+    store_tokens(
+        plane_of(total, row, head, stride_tb, stride_th), x, tokens, inside, stride_tn, HEAD_DIM, BLOCK_D
+    )
+
+
+def merge_levels(
+    levels: Levels, block: int, local: torch.Tensor, local_lse: torch.Tensor, parts: torch.Tensor,
+    part_lse: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Output and logsumexp of the whole attention.
+
+    Args:
+        local, local_lse: (B, H, N, D) and (H, B * N), of the exact local part.
+        parts, part_lse: (H, query points, D) and (H, query points).
+
+    Returns:
+        Output (B, H, N, D), logsumexp (H, B * N) with ∞ and (B, H, N) with 0 outside the sequences.
+    """
+    batch, heads, length, head_dim = local.shape
+    layout = levels.layout
+    output = local.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+    lse = torch.empty_like(local_lse)
+    row_lse = lse.new_empty(batch, heads, length)
+    if layout.outside is not None:  # λ = ∞ makes all weights and so all gradients zero
+        output.zero_()
+        lse.fill_(torch.inf)
+        row_lse.zero_()
+    _merge_kernel[_grid(layout, block, heads)](
+        layout.block_start, layout.block_length, *levels.query_parts, local, local_lse, parts, part_lse,
+        output, lse, row_lse, *local.stride()[:3], *output.stride()[:3], length, lse.shape[1],
+        part_lse.shape[1], **_tiles(head_dim, block),
+    )  # fmt: skip
+    return output, lse, row_lse
+
+
+def add_levels(
+    levels: Levels, block: int, parts_of: Parts, local: torch.Tensor, parts: torch.Tensor, like: torch.Tensor
+) -> torch.Tensor:
+    """Local gradients (B, H, N, D) and those of the levels (H, points, D) together, laid out as `like`."""
+    heads, length, head_dim = local.shape[1:]
+    layout = levels.layout
+    total = torch.empty_like(like) if layout.outside is None else torch.zeros_like(like)
+    _add_kernel[_grid(layout, block, heads)](
+        layout.block_start, layout.block_length, *parts_of, local, parts, total,
+        *local.stride()[:3], *total.stride()[:3], length, parts.shape[1], **_tiles(head_dim, block),
+    )  # fmt: skip
+    return total
+
+
+def _grid(layout: Layout, block: int, heads: int) -> tuple[int, int, int]:
+    return triton.cdiv(block, _tile(block)), heads, layout.block_start.shape[0]
+
+
+def _tiles(head_dim: int, block: int) -> dict[str, int]:
+    return {"HEAD_DIM": head_dim, "BLOCK_D": power_of_two(head_dim), "BLOCK_N": _tile(block)}
+
+
+def _tile(block: int) -> int:
+    return min(64, power_of_two(block))

@@ -71,9 +71,7 @@ def dyadic_sets(
             for key in range(begin, end - size, 2 * size):
                 query, num_queries = key + size, min(size, end - key - size)
                 keys.append(
-                    PointSet(
-                        row, key, size, num_clusters, False, key, size, first_key, capacities[level]
-                    )
+                    PointSet(row, key, size, num_clusters, False, key, size, first_key, capacities[level])
                 )
                 source = (query, num_queries) if own else (key, size)
                 queries.append(PointSet(row, *source, num_clusters, True, query, num_queries, first_query))

@@ -1,7 +1,7 @@
 """MuSe attention with tilted summaries and without retrieval, the paper's setting: forward and backward.
 
-Acausal, all queries and keys of a batch row meet at once. Causal, they meet in the blocks of dyadic levels, and
-exact local attention is joined with them. As in `muse_hf.kernels.attention`, forward and backward are custom
+Acausal, all queries and keys of a batch row meet at once. Causal, they meet in the blocks of dyadic levels,
+and exact local attention is joined with them. As in `muse_hf.kernels.attention`, forward and backward are custom
 operators under torch.compile.
 """
 
@@ -214,9 +214,7 @@ def backward(
     summary_grads = refine_backward(
         query, grad, output, lse, part_lse, sets, groups, centroids, summaries, rows[0], scale
     )
-    summaries_backward(
-        key, value, sets, members, held, centroids, scale, summaries, summary_grads, *rows[1:]
-    )
+    summaries_backward(key, value, sets, members, held, centroids, scale, summaries, summary_grads, *rows[1:])
     if levels is None:
         return tuple(_laid_out_like(share, tensor) for share, tensor in zip(grads, (query, key, value)))
     local = local_backward(grad, query, key, value, output, lse, levels.layout, scale, block)

@@ -280,8 +280,8 @@ def refine_backward(
     if dipole:
         del tiles["BLOCK_C"], tiles["ONE_TILE"]
         _dipole_backward_kernel[(triton.cdiv(tiles["HEAD_DIM"], tiles["BLOCK_E"]), num_query_rows, heads)](
-            query, grad, part_lse, lse, sets.table, sets.set_of_row, *groups, centroids, grads.dipole, *strides, *sizes, length, lse.shape[1], scale,
-            **tiles,
+            query, grad, part_lse, lse, sets.table, sets.set_of_row, *groups, centroids,
+            grads.dipole, *strides, *sizes, length, lse.shape[1], scale, **tiles,
         )  # fmt: skip
     return grads
 

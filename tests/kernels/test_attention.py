@@ -221,7 +221,7 @@ def test_autocast_computes_in_its_dtype():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"summaries": "tilted", "hierarchy": "dyadic"}, "they serve causal attention with summaries"),
+        ({"hierarchy": "dyadic"}, "they serve causal attention with summaries"),
         ({"num_retrieved": 1000}, "num_retrieved=1000 is more than"),
         ({"local_block": 128}, "no longer than local_block are exact attention"),
     ],

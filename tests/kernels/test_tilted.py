@@ -1,14 +1,28 @@
 """Kernels of the paper's setting against the reference: interpreted on the CPU, for real on a GPU."""
 
+from functools import partial
+
 import pytest
 import torch
-from muse_hf.kernels import kmeans, point_sets, tilted_refinement, tilted_summaries
+from muse_hf.kernels import kmeans, point_sets, tilted_attention, tilted_refinement, tilted_summaries
+from torch.utils.checkpoint import checkpoint
 
-from muse_hf import MuseConfig, muse_attention
+from muse_hf import MuseConfig, Segments, muse_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = MuseConfig.paper(local_block=16, num_clusters=6, backend="triton")
+# Triton's interpreter multiplies bfloat16 as if it were integers.
+LOW = (torch.float16, torch.bfloat16) if torch.cuda.is_available() else (torch.float16,)
 NAMES = ("output", "logsumexp", "query gradient", "key gradient", "value gradient")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty gives NaN and large integers, so that nothing rests on what memory happens to hold."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
 def inputs(batch=1, heads=1, kv_heads=1, queries=40, keys=50, head_dim=16):
@@ -31,8 +45,12 @@ def results(tensors, is_causal, config, segments=None):
     return [output, lse, *torch.autograd.grad(output, leaves, grad)]
 
 
+def reference(tensors, is_causal, config):
+    return results(tensors, is_causal, config.replace(backend="reference"))
+
+
 def check(tensors, is_causal, config):
-    expected = results([tensor.double() for tensor in tensors], is_causal, config.replace(backend="reference"))
+    expected = reference([tensor.double() for tensor in tensors], is_causal, config)
     for name, actual, exact in zip(NAMES, results(tensors, is_causal, config), expected):
         error = (actual.double() - exact).norm() / exact.norm()
         assert error < 2e-6, f"{name}: relative error {error:.1e}"
@@ -76,7 +94,80 @@ def test_many_clusters_and_tokens_are_worked_through_in_parts(monkeypatch):
     check(inputs(keys=70, queries=60), False, CONFIG.replace(local_block=20, num_clusters=20))
 
 
-def test_the_same_inputs_give_the_same_bits():
-    tensors = inputs(queries=30, keys=30)
-    for first, second in zip(results(tensors, False, CONFIG), results(tensors, False, CONFIG)):
+def test_packed_and_padded_sequences_equal_each_alone():
+    """Documents of several lengths, a short one too, with padding before, between and behind them."""
+    segments = Segments((2, 60), rows=[0, 0, 1], starts=[3, 13, 0], lengths=[8, 44, 20])
+    tensors = inputs(batch=2, queries=60, keys=60)
+    together = results(tensors, True, CONFIG, segments)
+    outside = ~segments.token_mask(tensors[0].device)
+    for name, result in zip(NAMES, together):
+        assert (result[outside[:, None].expand(result.shape[:3])] == 0).all(), f"{name} outside the sequences"
+    for row, start, length in zip(segments.rows, segments.starts, segments.lengths):
+        part = slice(start, start + length)
+        alone = [tensor[row : row + 1, :, part] for tensor in tensors]
+        expected = reference(alone, True, CONFIG)
+        for name, result, exact in zip(NAMES, together, expected):
+            torch.testing.assert_close(
+                result[row : row + 1, :, part],
+                exact,
+                rtol=1e-5,
+                atol=2e-6,
+                msg=lambda m, n=name: f"{n}: {m}",
+            )
+
+
+@pytest.mark.parametrize("dtype", LOW)
+def test_low_precision_costs_no_more_than_rounding(dtype):
+    """Inputs of a few bits, so that clusters are the same in every precision."""
+    tensors = [(tensor * 4).round().div(4).to(dtype) for tensor in inputs(keys=48, queries=48)]
+    exact = reference([tensor.double() for tensor in tensors], True, CONFIG)
+    low = reference(tensors, True, CONFIG)
+    for name, actual, rounded, expected in zip(NAMES, results(tensors, True, CONFIG), low, exact):
+        error, usual = (((x.double() - expected).norm() / expected.norm()).item() for x in (actual, rounded))
+        assert error < 2 * usual + 1e-3, f"{name}: relative error {error:.1e}, the reference's {usual:.1e}"
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_operators_are_declared_rightly(is_causal):
+    query, key, value, _ = inputs(queries=40, keys=40)
+    leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
+    levels = ([0, 40], 16, [3, 3], [9, 17]) if is_causal else ([], 16, [3, 3], [21, 21])
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    arguments = (*leaves, 0.25, *levels, False, 1, True)
+    torch.library.opcheck(tilted_attention._attention, arguments, test_utils=tests)
+
+
+def test_compiled_in_one_graph_and_checkpointed():
+    tensors = inputs(queries=40, keys=40)[:3]
+    compiled = torch.compile(square_sum, fullgraph=True, backend="aot_eager")
+    checkpointed = partial(checkpoint, square_sum, use_reentrant=False)
+    gradients = []
+    for function in (square_sum, compiled, checkpointed):
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        gradients.append(torch.autograd.grad(function(*leaves), leaves))
+    for name, plain, *others in zip(NAMES[2:], *gradients):
+        assert all(torch.equal(plain, other) for other in others), name
+
+
+def square_sum(query, key, value):
+    return muse_attention(query, key, value, is_causal=True, config=CONFIG).square().sum()
+
+
+@pytest.mark.parametrize(
+    ("is_causal", "changes", "reason"),
+    [
+        (True, {"num_retrieved": 1}, "num_retrieved=0"),
+        (True, {"hierarchy": "flat"}, "hierarchy=.dyadic"),
+        (False, {"summaries": "plain", "multipole": "monopole"}, "causal attention"),
+    ],
+)
+def test_what_is_not_served_is_refused(is_causal, changes, reason):
+    with pytest.raises(NotImplementedError, match=reason):
+        muse_attention(*inputs(queries=50)[:3], is_causal=is_causal, config=CONFIG.replace(**changes))
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_the_same_inputs_give_the_same_bits(is_causal):
+    tensors = inputs(queries=34, keys=34)
+    for first, second in zip(results(tensors, is_causal, CONFIG), results(tensors, is_causal, CONFIG)):
         assert torch.equal(first, second)

@@ -1,8 +1,8 @@
 """MuSe attention with tilted summaries and without retrieval, the paper's setting: forward and backward.
 
 Acausal, all queries and keys of a batch row meet at once. Causal, they meet in the blocks of dyadic levels,
-and exact local attention is joined with them. As in `muse_hf.kernels.attention`, forward and backward are custom
-operators under torch.compile.
+and exact local attention is joined with them. As in `muse_hf.kernels.attention`, forward and backward are
+custom operators under torch.compile.
 """
 
 from collections.abc import Sequence

@@ -4,9 +4,11 @@ Importing this package registers `attn_implementation="muse"`.
 """
 
 from muse_hf.adapter import register
+from muse_hf.choosing import Recommendation, recommend_config
 from muse_hf.config import MuseConfig
 from muse_hf.functional import exact_attention, muse_attention
 from muse_hf.patches import patch_model, unpatch_model
+from muse_hf.profiling import Profile, profile_layers
 from muse_hf.routing import SUPPORTED_FAMILIES, UnsupportedError
 from muse_hf.segments import Segments
 
@@ -15,11 +17,15 @@ register()
 __all__ = [
     "SUPPORTED_FAMILIES",
     "MuseConfig",
+    "Profile",
+    "Recommendation",
     "Segments",
     "UnsupportedError",
     "exact_attention",
     "muse_attention",
     "patch_model",
+    "profile_layers",
+    "recommend_config",
     "unpatch_model",
 ]
 __version__ = "0.1.0"

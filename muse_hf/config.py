@@ -136,6 +136,18 @@ class MuseConfig:
             overrides.setdefault("num_clusters", None)
         return dataclasses.replace(self, **overrides)
 
+    def describe(self) -> str:
+        """The fields that matter most, in a line to print."""
+        clusters = (
+            f"{self.num_clusters} clusters a block"
+            if self.num_clusters
+            else f"clusters of {self.cluster_size or DEFAULT_CLUSTER_SIZE} keys"
+        )
+        return (
+            f"{self.hierarchy} blocks from {self.local_block} tokens, {clusters}, {self.summaries} "
+            f"summaries, {self.multipole}, {self.num_retrieved} retrieved"
+        )
+
     def clusters_for(self, length: int) -> int:
         """Number of clusters for a block of `length` tokens."""
         if self.num_clusters is not None:

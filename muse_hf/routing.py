@@ -53,6 +53,25 @@ def check_family(model_config: Any) -> None:
         )
 
 
+def check_windows(model_config: Any, layers: list[int]) -> None:
+    """Refuse to use MuSe in layers with a sliding window, before the first forward does."""
+    if windowed := sorted(windowed_layers(model_config) & set(layers)):
+        raise UnsupportedError(
+            f"layers {windowed} of {model_config.model_type!r} have a sliding window of "
+            f"{model_config.sliding_window} tokens, which MuSe does not implement: leave them out of "
+            "`layers`, or set config.sliding_window = None if they may attend to everything"
+        )
+
+
+def windowed_layers(model_config: Any) -> set[int]:
+    """The layers that have a sliding window."""
+    if getattr(model_config, "sliding_window", None) is None:
+        return set()
+    kinds = getattr(model_config, "layer_types", None)
+    layers = range(model_config.num_hidden_layers)
+    return {layer for layer in layers if kinds is None or kinds[layer] == "sliding_attention"}
+
+
 def layer_config(module: torch.nn.Module) -> MuseConfig | None:
     """The config of the attention module's layer, or None where `layers` leaves it out.
 

@@ -9,8 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from muse_hf.adapter import NAME
-from muse_hf.config import DEFAULT_CLUSTER_SIZE, MuseConfig, check_config
-from muse_hf.routing import UnsupportedError, check_family, model_policy
+from muse_hf.choosing import Choice, choose_settings
+from muse_hf.config import MuseConfig, check_config
+from muse_hf.models import transformers_model
+from muse_hf.routing import check_family, check_windows, model_policy
 
 # Where the model remembers what it attended with before; a plain attribute, so that a deepcopy keeps it.
 _PREVIOUS = "_attention_before_muse"
@@ -25,12 +27,14 @@ class PatchReport:
         num_layers: How many layers it has.
         layers: The config of each layer that uses MuSe; the others attend exactly.
         previous: The attention implementation that `unpatch_model` restores.
+        choice: What `layers="auto"` measured.
     """
 
     model: str
     num_layers: int
     layers: dict[int, MuseConfig]
     previous: str
+    choice: Choice | None = None
 
     def __str__(self) -> str:
         lines = [
@@ -38,15 +42,9 @@ class PatchReport:
             f"(unpatch_model restores {self.previous!r})"
         ]
         for layer, config in self.layers.items():
-            clusters = (
-                f"{config.num_clusters} clusters a block"
-                if config.num_clusters
-                else f"clusters of {config.cluster_size or DEFAULT_CLUSTER_SIZE} keys"
-            )
-            lines.append(
-                f"  layer {layer}: {config.hierarchy} blocks from {config.local_block} tokens, {clusters}, "
-                f"{config.summaries} summaries, {config.multipole}, {config.num_retrieved} retrieved"
-            )
+            lines.append(f"  layer {layer}: {config.describe()}")
+        if self.choice is not None:
+            lines.append(str(self.choice))
         return "\n".join(lines)
 
 
@@ -54,6 +52,9 @@ def patch_model(
     model: torch.nn.Module,
     layers: str | Sequence[int] | Mapping[int, Mapping[str, Any]] | None = None,
     config: MuseConfig | None = None,
+    *,
+    max_loss_increase: float = 0.002,
+    calibration: torch.Tensor | None = None,
 ) -> PatchReport:
     """Let layers of a loaded model attend with MuSe. The policy is stored in `model.config.muse`.
 
@@ -61,8 +62,13 @@ def patch_model(
         model: A Transformers model, also inside a PEFT model, a compiled model or a parallel wrapper.
         layers: `"all"`; `"central"`, the paper's choice of the one in the middle; layer indices, negative
             ones counted from the end; or a mapping from layer index to fields of `config` that differ there.
-            By default what `config.layers` says.
+            By default what `config.layers` says. `"auto"` measures: every layer gets the fastest setting of
+            a ladder (numbers of retrieved clusters, exact attention) that keeps the model within a budget.
         config: By default the policy that the model already has, else `MuseConfig()`.
+        max_loss_increase: The budget of `"auto"`: how much larger the loss on `calibration` may be than with
+            exact attention, relatively. For a model without a next-token loss, Σ|MuSe - exact|² / Σ|exact|²
+            of its last hidden states.
+        calibration: (B, N) tokens for `"auto"`, without padding, of the kind and length that matter.
 
     Returns:
         A report to print.
@@ -72,15 +78,25 @@ def patch_model(
         ValueError: A layer index is out of range.
         UnsupportedError: The model's family is not supported, or a chosen layer has a sliding window.
     """
-    base = _transformers_model(model)
+    base = transformers_model(model)
     model_config = base.config
     check_family(model_config)
     num_layers = model_config.num_hidden_layers
     policy = model_policy(model_config) if config is None else check_config(config)
-    if layers is not None:
+    choice = None
+    if isinstance(layers, str) and layers == "auto":
+        if calibration is None:
+            raise ValueError(
+                'layers="auto" measures on text: give calibration=input_ids of shape (rows, tokens)'
+            )
+        choice = choose_settings(base, calibration, policy, max_loss_increase)
+        policy = choice.policy
+    elif calibration is not None:
+        raise ValueError(f'calibration is for layers="auto", not for layers={layers!r}')
+    elif layers is not None:
         policy = policy.replace(layers=_chosen_layers(layers, num_layers))
     chosen = policy.layer_indices(num_layers)
-    _check_windows(model_config, chosen)
+    check_windows(model_config, chosen)
 
     if model_config._attn_implementation != NAME:
         setattr(base, _PREVIOUS, model_config._attn_implementation)
@@ -92,6 +108,7 @@ def patch_model(
         num_layers=num_layers,
         layers={layer: policy.for_layer(layer, num_layers) for layer in chosen},
         previous=getattr(base, _PREVIOUS, "sdpa"),
+        choice=choice,
     )
 
 
@@ -104,27 +121,12 @@ def unpatch_model(model: torch.nn.Module) -> None:
     Raises:
         TypeError: `model` holds no Transformers model.
     """
-    base = _transformers_model(model)
+    base = transformers_model(model)
     if base.config._attn_implementation == NAME:
         base.set_attn_implementation(getattr(base, _PREVIOUS, "sdpa"))
     for owner, name in ((base, _PREVIOUS), (base.config, "muse")):
         if name in vars(owner):
             delattr(owner, name)
-
-
-def _transformers_model(model: torch.nn.Module) -> PreTrainedModel:
-    """The Transformers model inside compiled, PEFT and parallel wrappers."""
-    inner = model
-    while not isinstance(inner, PreTrainedModel):
-        if hasattr(inner, "get_base_model"):  # PEFT
-            inner = inner.get_base_model()
-        elif hasattr(inner, "_orig_mod"):  # torch.compile
-            inner = inner._orig_mod
-        elif isinstance(getattr(inner, "module", None), torch.nn.Module):  # data parallel
-            inner = inner.module
-        else:
-            raise TypeError(f"expected a Transformers model, got {type(model).__name__}")
-    return inner
 
 
 def _own_config(model: PreTrainedModel) -> None:
@@ -142,19 +144,4 @@ def _chosen_layers(layers: Any, num_layers: int) -> list[int] | dict[int, Any] |
         return None
     if layers == "central":
         return [num_layers // 2]
-    raise ValueError(f'layers={layers!r}: must be "all", "central", layer indices or a mapping')
-
-
-def _check_windows(model_config: Any, layers: list[int]) -> None:
-    """Refuse layers with a sliding window now instead of at the first forward."""
-    window = getattr(model_config, "sliding_window", None)
-    if window is None:
-        return
-    kinds = getattr(model_config, "layer_types", None)
-    windowed = [i for i in layers if kinds is None or kinds[i] == "sliding_attention"]
-    if windowed:
-        raise UnsupportedError(
-            f"layers {windowed} of {model_config.model_type!r} have a sliding window of {window} tokens, "
-            "which MuSe does not implement: leave them out of `layers`, or set config.sliding_window = None "
-            "if they may attend to everything"
-        )
+    raise ValueError(f'layers={layers!r}: must be "all", "central", "auto", layer indices or a mapping')

@@ -1,0 +1,299 @@
+"""Settings chosen by measurement: `layers="auto"` for each layer, `recommend_config` for all together."""
+
+import numbers
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import combinations, product
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from muse_hf.config import MuseConfig
+from muse_hf.models import hidden_states, temporary_policy, transformers_model
+from muse_hf.profiling import Quality, check_input, device_name, measure_layers, milliseconds
+from muse_hf.routing import check_windows, windowed_layers
+
+# The ladder of `layers="auto"`: no retrieval, few, default and many retrieved clusters. Exact attention is
+# its last step.
+RETRIEVED = (0, 8, 16, 32, 64)
+EXACT = None
+
+# What `recommend_config` tries.
+_LOCAL_BLOCKS, _CLUSTER_SIZES, _RETRIEVED_KEYS = (512, 1024, 2048), (16, 32), (256, 512, 1024)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting of one layer, measured.
+
+    Attributes:
+        num_retrieved: Clusters each query retrieves; None is exact attention.
+        ms: Time of the forward attention call of one row, in milliseconds.
+        harm: As in `LayerProfile`; 0 for exact attention.
+    """
+
+    num_retrieved: int | None
+    ms: float
+    harm: float
+
+    @property
+    def name(self) -> str:
+        return "exact" if self.num_retrieved is EXACT else f"{self.num_retrieved} retrieved"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What `patch_model(layers="auto")` chose and why; print it.
+
+    Attributes:
+        policy: The config that `config.muse` gets.
+        options: What was measured of each layer, in the order of the ladder, exact attention last.
+        chosen: The option of each layer.
+        predicted: Sum of the harms of the chosen options.
+        measured: Harm of all of them together, by a forward pass of the whole model.
+        budget: What `measured` had to stay within.
+        has_loss: Whether harm is the relative increase of the loss, or else the output error of the model.
+        rows, length, device: What it was measured on.
+    """
+
+    policy: MuseConfig
+    options: dict[int, list[Option]]
+    chosen: dict[int, Option]
+    predicted: float
+    measured: float
+    budget: float
+    has_loss: bool
+    rows: int
+    length: int
+    device: str
+
+    def __str__(self) -> str:
+        what = "loss increase" if self.has_loss else "model output error"
+        first = next(iter(self.options.values()))
+        lines = [
+            f"chosen on {self.rows} x {self.length} tokens on {self.device}: {what} with MuSe in one layer",
+            _row("layer", [option.name for option in first]),
+            *(
+                _row(layer, [f"{o.harm:+.3%}{'*' if o == self.chosen[layer] else ' '}" for o in options])
+                for layer, options in self.options.items()
+            ),
+            _row("time", [f"{option.ms:.2f} ms " for option in first]),
+        ]
+        exact = len(self.options) * first[-1].ms
+        chosen = sum(option.ms for option in self.chosen.values())
+        lines.append(
+            f"{what} of the chosen settings (*) together {self.measured:+.3%}, sum of the layers "
+            f"{self.predicted:+.3%}, budget {self.budget:.3%}"
+        )
+        lines.append(f"attention of all layers {chosen:.1f} ms, with exact attention {exact:.1f} ms")
+        if chosen >= exact:
+            lines.append(f"At {self.length} tokens on this device exact attention is the fastest.")
+        return "\n".join(lines)
+
+
+def _row(title: Any, cells: Sequence[str]) -> str:
+    return f"{title:>5}" + "".join(f"{cell:>14}" for cell in cells)
+
+
+def choose_settings(
+    model: PreTrainedModel, input_ids: torch.Tensor, config: MuseConfig, max_loss_increase: float
+) -> Choice:
+    """Give every layer the fastest setting such that all of them together stay within a budget of harm.
+
+    Harms of layers are taken to add up, so that for a price on harm every layer can choose for itself the
+    option of least `ms + price * harm`. The lowest price at which the sum, and then a forward pass of the
+    whole model, stays within the budget decides.
+
+    Args:
+        model: A bare Transformers model.
+        input_ids: (B, N) calibration tokens without padding.
+        config: Everything but `num_retrieved` and `layers`.
+        max_loss_increase: Budget relative to the exact loss; for models without a loss, of the relative
+            squared error of the last hidden states.
+
+    Errors as in `profile_layers`.
+    """
+    check_budget(max_loss_increase)
+    windowed = windowed_layers(model.config)
+    layers = [layer for layer in range(model.config.num_hidden_layers) if layer not in windowed]
+    ladder = [config.replace(layers=None, num_retrieved=number) for number in RETRIEVED]
+    profiles, quality = measure_layers(model, input_ids, dict.fromkeys(layers, ladder))
+    # All layers do the same work: the median over them is the better measure of a setting's time.
+    times = [statistics.median(column) for column in zip(*([e.muse_ms for e in profiles[i]] for i in layers))]
+    exact = Option(EXACT, statistics.median(profiles[layer][0].exact_ms for layer in layers), 0.0)
+    options = {
+        layer: [Option(*row) for row in zip(RETRIEVED, times, (e.harm for e in profiles[layer]))] + [exact]
+        for layer in layers
+    }
+    described = {
+        "options": options,
+        "budget": max_loss_increase,
+        "has_loss": quality.exact_loss is not None,
+        "rows": len(input_ids),
+        "length": input_ids.shape[1],
+        "device": device_name(model.device),
+    }
+    with temporary_policy(model):
+        for chosen in assignments(options):
+            predicted = sum(_cost(option) for option in chosen.values())
+            if predicted <= max_loss_increase:
+                policy = policy_of(chosen, config)
+                measured = quality.relative(quality.change(policy))
+                if measured <= max_loss_increase:
+                    break
+    return Choice(policy=policy, chosen=chosen, predicted=predicted, measured=measured, **described)
+
+
+def assignments(options: Mapping[int, Sequence[Option]]) -> Iterator[dict[int, Option]]:
+    """Options for all layers, from the fastest to exact attention everywhere, as the price on harm rises."""
+    pairs = (pair for layer in options.values() for pair in combinations(layer, 2))
+    prices = {
+        (b.ms - a.ms) / (_cost(a) - _cost(b)) for a, b in pairs if (b.ms - a.ms) * (_cost(a) - _cost(b)) > 0
+    }
+    for price in [0.0, *sorted(prices)]:
+        above = price * (1 + 1e-9)  # where one option overtakes another
+        yield {
+            layer: min(choices, key=lambda option: (option.ms + above * _cost(option), _cost(option)))
+            for layer, choices in options.items()
+        }
+    yield {layer: choices[-1] for layer, choices in options.items()}
+
+
+def policy_of(chosen: Mapping[int, Option], config: MuseConfig) -> MuseConfig:
+    """The options chosen for layers as a config for the whole model."""
+    return config.replace(
+        layers={
+            layer: {"num_retrieved": option.num_retrieved}
+            for layer, option in chosen.items()
+            if option.num_retrieved is not EXACT
+        }
+    )
+
+
+def _cost(option: Option) -> float:
+    """Harm, of which a layer that happens to gain from MuSe pays nothing back to the others."""
+    return max(0.0, option.harm)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One setting in all layers, measured.
+
+    Attributes:
+        config: The setting; None is exact attention.
+        ms: Time of a forward pass of the model, without its language-model head, on one row.
+        harm: As in `LayerProfile`, for the whole model.
+    """
+
+    config: MuseConfig | None
+    ms: float
+    harm: float
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What `recommend_config` found; print it.
+
+    Attributes:
+        best: The fastest candidate within the budget.
+        candidates: All that were tried, exact attention first, then from fast to slow.
+        budget: Largest harm allowed.
+        rows, length, device: What they were measured on.
+    """
+
+    best: Candidate
+    candidates: list[Candidate]
+    budget: float
+    rows: int
+    length: int
+    device: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers as JSON types."""
+
+        def plain(candidate: Candidate) -> dict[str, Any]:
+            return asdict(candidate) | {"config": candidate.config and candidate.config.to_dict()}
+
+        return asdict(self) | {"best": plain(self.best), "candidates": [*map(plain, self.candidates)]}
+
+    def __str__(self) -> str:
+        exact = self.candidates[0]
+        lines = [
+            f"measured on {self.rows} x {self.length} tokens on {self.device}, one setting in all layers",
+            f"{'local_block':>11}{'cluster_size':>14}{'num_retrieved':>15}{'harm':>11}{'forward':>14}",
+        ]
+        for candidate in self.candidates:
+            numbers = f"{'exact':>11}{'':29}"
+            if config := candidate.config:
+                numbers = f"{config.local_block:11}{config.cluster_size:14}{config.num_retrieved:15}"
+            mark = " *" if candidate == self.best else ""
+            lines.append(f"{numbers}{candidate.harm:+11.3%}{candidate.ms:11.1f} ms{mark}")
+        within = sum(candidate.harm <= self.budget for candidate in self.candidates[1:])
+        lines.append(f"{within} of {len(self.candidates) - 1} settings stay within {self.budget:.3%}.")
+        if self.best.config is None:
+            lines.append(f"None of them is faster than exact attention at {self.length} tokens: keep it.")
+        else:
+            lines.append(
+                f"Recommended: {self.best.config.describe()}, the fastest of them, "
+                f"{exact.ms / self.best.ms:.2f}x as fast as exact attention."
+            )
+        return "\n".join(lines)
+
+
+def recommend_config(
+    model: torch.nn.Module, input_ids: torch.Tensor, max_loss_increase: float = 0.002
+) -> Recommendation:
+    """Measure settings of local block, cluster size and retrieval, each in all layers, and name the best.
+
+    The best is the fastest forward pass of which the harm stays within the budget, exact attention included.
+    The model is left as it was.
+
+    Args:
+        model: A Transformers model, also inside a wrapper.
+        input_ids: (B, N) tokens without padding, as many as the model is going to be used with.
+        max_loss_increase: Largest harm, as in `patch_model`.
+
+    Errors as in `profile_layers`.
+    """
+    base = transformers_model(model)
+    settings = [
+        MuseConfig(local_block=block, cluster_size=size, num_retrieved=keys // size)
+        for block, size, keys in product(_LOCAL_BLOCKS, _CLUSTER_SIZES, _RETRIEVED_KEYS)
+        if block < input_ids.shape[1]
+    ]
+    check_budget(max_loss_increase)
+    check_windows(base.config, list(range(base.config.num_hidden_layers)))
+    input_ids = check_input(base, input_ids, settings or [MuseConfig(local_block=_LOCAL_BLOCKS[0])])
+    forward = partial(hidden_states, base, input_ids[:1])
+    with temporary_policy(base):
+        quality = Quality(base, input_ids)
+        exact = Candidate(None, milliseconds(forward, base.device), 0.0)
+        tried = [
+            Candidate(
+                config=config,
+                harm=quality.relative(quality.change(config)),
+                ms=milliseconds(forward, base.device),
+            )
+            for config in logging.tqdm(settings, desc="Trying settings", unit="setting", leave=False)
+        ]
+    within = [candidate for candidate in tried if candidate.harm <= max_loss_increase]
+    return Recommendation(
+        best=min([exact, *within], key=lambda candidate: candidate.ms),
+        candidates=[exact, *sorted(tried, key=lambda candidate: candidate.ms)],
+        budget=max_loss_increase,
+        rows=input_ids.shape[0],
+        length=input_ids.shape[1],
+        device=device_name(base.device),
+    )
+
+
+def check_budget(max_loss_increase: Any) -> None:
+    """Refuse a budget that nothing can stay within."""
+    if isinstance(max_loss_increase, bool) or not isinstance(max_loss_increase, numbers.Real):
+        raise TypeError(f"max_loss_increase must be a number, got {max_loss_increase!r}")
+    if not max_loss_increase >= 0:
+        raise ValueError(f"max_loss_increase={max_loss_increase!r} must be at least 0 (0.002 is 0.2%)")

@@ -6,6 +6,7 @@ Importing this package registers `attn_implementation="muse"`.
 from muse_hf.adapter import register
 from muse_hf.choosing import Recommendation, recommend_config
 from muse_hf.config import MuseConfig
+from muse_hf.evaluation import Evaluation, evaluate_policy
 from muse_hf.functional import exact_attention, muse_attention
 from muse_hf.patches import patch_model, unpatch_model
 from muse_hf.profiling import Profile, profile_layers
@@ -16,11 +17,13 @@ register()
 
 __all__ = [
     "SUPPORTED_FAMILIES",
+    "Evaluation",
     "MuseConfig",
     "Profile",
     "Recommendation",
     "Segments",
     "UnsupportedError",
+    "evaluate_policy",
     "exact_attention",
     "muse_attention",
     "patch_model",

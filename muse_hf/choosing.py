@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from muse_hf.config import MuseConfig
-from muse_hf.models import hidden_states, temporary_policy, transformers_model
+from muse_hf.models import InputError, hidden_states, temporary_policy, transformers_model
 from muse_hf.profiling import Quality, check_input, device_name, measure_layers, milliseconds
 from muse_hf.routing import check_windows, windowed_layers
 
@@ -296,4 +296,4 @@ def check_budget(max_loss_increase: Any) -> None:
     if isinstance(max_loss_increase, bool) or not isinstance(max_loss_increase, numbers.Real):
         raise TypeError(f"max_loss_increase must be a number, got {max_loss_increase!r}")
     if not max_loss_increase >= 0:
-        raise ValueError(f"max_loss_increase={max_loss_increase!r} must be at least 0 (0.002 is 0.2%)")
+        raise InputError(f"max_loss_increase={max_loss_increase!r} must be at least 0 (0.002 is 0.2%)")

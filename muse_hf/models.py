@@ -18,6 +18,10 @@ _LEARNED_POSITIONS = ("bert", "gpt2")
 _TOKENS_OF_LOGITS = 1024
 
 
+class InputError(ValueError):
+    """The text, or a number given with it, does not suit the model or the measurement."""
+
+
 def transformers_model(model: torch.nn.Module) -> PreTrainedModel:
     """The Transformers model inside compiled, PEFT and parallel wrappers.
 
@@ -37,16 +41,21 @@ def transformers_model(model: torch.nn.Module) -> PreTrainedModel:
     return inner
 
 
+def is_encoder(model_config: Any) -> bool:
+    """Whether models of this type read a whole text at once, instead of predicting the next token."""
+    return model_config.model_type == "bert"
+
+
 def predicts_next_token(model: PreTrainedModel) -> bool:
     """Whether the model has a next-token loss; encoders and models without a language-model head do not."""
-    return model.config.model_type != "bert" and model.get_output_embeddings() is not None
+    return not is_encoder(model.config) and model.get_output_embeddings() is not None
 
 
 def check_length(model_config: Any, length: int) -> None:
     """Refuse more tokens than a model has learned positions for."""
     limit = model_config.max_position_embeddings
     if model_config.model_type in _LEARNED_POSITIONS and length > limit:
-        raise ValueError(
+        raise InputError(
             f"the {model_config.model_type!r} model has {limit} positions and cannot read {length} tokens"
         )
 

@@ -18,6 +18,7 @@ from muse_hf.adapter import NAME, muse_attention_forward
 from muse_hf.config import MuseConfig, check_config
 from muse_hf.functional import exact_attention, muse_attention
 from muse_hf.models import (
+    InputError,
     check_length,
     hidden_states,
     predicts_next_token,
@@ -141,7 +142,7 @@ def profile_layers(
 
     Raises:
         TypeError: `model`, `input_ids` or `config` is not one.
-        ValueError: The text is too short for MuSe, or longer than the positions a model has learned.
+        InputError: The text is too short for MuSe, or longer than the positions a model has learned.
         UnsupportedError: The model's family is not supported, or a layer has a sliding window.
     """
     base = transformers_model(model)
@@ -203,7 +204,7 @@ def check_input(
         raise TypeError("input_ids must be a tensor of token ids of shape (rows, tokens)")
     length, block = input_ids.shape[1], max((config.local_block for config in settings), default=0)
     if length <= block:
-        raise ValueError(
+        raise InputError(
             f"{length} tokens are not more than local_block={block}, so that MuSe would attend exactly: give "
             "longer text or a smaller local_block"
         )

@@ -6,12 +6,15 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from accelerate.utils import tqdm
-from datasets import Dataset, IterableDataset, load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:  # `datasets` is imported where it is used: evaluating on local files needs none
+    from datasets import Dataset, IterableDataset
 
 END_OF_TEXT = "<|endoftext|>"
 DOCUMENTS_PER_CALL = 64  # the tokenizer's threads share the documents of one call
@@ -82,6 +85,8 @@ def read_files(files: Sequence[str]) -> Iterator[dict[str, str]]:
 
 def file_corpus(files: Sequence[Path], held_out_every: int) -> Corpus:
     """The corpus of local files, in a shuffled order that is the same every time."""
+    from datasets import IterableDataset
+
     names = [str(file) for file in files]
     random.Random(0).shuffle(names)
     # A tuple, because `datasets` takes a list for shards that it may distribute.
@@ -95,6 +100,8 @@ def named_corpus(
     name: str, config: str | None, split: str, streaming: bool, text_column: str, held_out_every: int
 ) -> Corpus:
     """The corpus of a dataset on the Hub or in a local folder, as `datasets.load_dataset` names it."""
+    from datasets import load_dataset
+
     try:
         documents = load_dataset(name, config, split=split, streaming=streaming)
         first = next(iter(documents), None)
@@ -184,12 +191,14 @@ def packed_windows(
 
 def training_windows(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, length: int, count: int, streaming: bool
-) -> Dataset | IterableDataset:
+) -> "Dataset | IterableDataset":
     """The windows of the training documents, as rows {"input_ids": (length,)}.
 
     In memory, at most the first `count`, more than a run never uses. If `streaming`, all of them, tokenised
     while they are read.
     """
+    from datasets import IterableDataset
+
     share = {"corpus": corpus, "held_out": False, "tokenizer": tokenizer, "length": length}
     if streaming:
         windows = IterableDataset.from_generator(packed_windows, gen_kwargs=share)
@@ -200,7 +209,9 @@ def training_windows(
     return windows.with_format("torch")
 
 
-def held_out_windows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, length: int, count: int) -> Dataset:
+def held_out_windows(
+    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, length: int, count: int
+) -> "Dataset":
     """The first `count` windows of the held-out documents, or all there are if they are fewer."""
     windows = _in_memory(packed_windows(corpus, True, tokenizer, length), count, "Tokenising held-out text")
     if not len(windows):
@@ -211,6 +222,8 @@ def held_out_windows(corpus: Corpus, tokenizer: PreTrainedTokenizerBase, length:
     return windows.with_format("torch")
 
 
-def _in_memory(windows: Iterator[dict[str, np.ndarray]], count: int, description: str) -> Dataset:
+def _in_memory(windows: Iterator[dict[str, np.ndarray]], count: int, description: str) -> "Dataset":
+    from datasets import Dataset
+
     bar = tqdm(itertools.islice(windows, count), desc=description, total=count, unit="window", delay=2)
     return Dataset.from_dict({"input_ids": [window["input_ids"] for window in bar]})

@@ -64,8 +64,8 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
-    _argument_group_name = "Data"
+class TextArguments:
+    _argument_group_name = "Text"
 
     text: list[str] | None = field(
         default=None,
@@ -80,8 +80,14 @@ class DataArguments:
         None, "A dataset for datasets.load_dataset, such as emozilla/pg19 (PG-19 as Parquet files)."
     )
     dataset_config: str | None = option(None, "Configuration of that dataset, if it has several.")
-    dataset_split: str = option("train", "Split of that dataset to train on.")
+    dataset_split: str = option("train", "Split of that dataset to read.")
     text_column: str = option("text", "Column of that dataset that holds the text.")
+
+
+@dataclass
+class DataArguments(TextArguments):
+    _argument_group_name = "Data"
+
     streaming: bool = option(
         False,
         "Tokenise while training and keep no corpus in memory or on disk. Resuming reads the consumed text "

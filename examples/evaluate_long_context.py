@@ -16,17 +16,14 @@ PG-19 (books), streamed from the Hub, on a GPU, layers chosen by measurement:
 Tables are printed; the folder of the run gets them as CSV files, three pictures, and the settings.
 """
 
-import dataclasses
 import itertools
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
-import numpy as np
 import torch
 from accelerate.utils import tqdm
-from corpus import Corpus, UsageError, pack, tokenize
+from corpus import UsageError
 from long_context_report import (
     plot_lengths,
     plot_losses,
@@ -36,26 +33,13 @@ from long_context_report import (
     table_of_tasks,
 )
 from long_context_tasks import continuation, make_tasks, prefill, score
-from models import muse_layers
 from plugin import muse_hf
 from pretrain_arguments import HelpFormatter, TextArguments, option
+from pretrained import PretrainedArguments, load_model, muse_policy, text_rows
 from records import append_rows, free_folder, write_json
-from small_model import make_small_model
 from texts import load_texts
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    HfArgumentParser,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
-from muse_hf.models import InputError, check_length
-from muse_hf.routing import UnsupportedError, check_family, model_policy
-
-# For the small model, whose contexts are short.
-SMALL_MUSE = {"local_block": 128, "cluster_size": 8, "num_retrieved": 32}
 POSITIONS = 8  # parts of the context for the loss by position
 SMALLEST_LENGTH = 256
 
@@ -64,22 +48,6 @@ SMALLEST_LENGTH = 256
 class EvaluationArguments:
     _argument_group_name = "Evaluation"
 
-    model: str | None = option(
-        None, "A causal model, a folder or a name on the Hub. Left out: a small one is made first."
-    )
-    tokenizer: str | None = option(None, "Its tokenizer, if it comes without one.")
-    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of the model.")
-    device: str | None = option(None, "Such as cuda or cpu (default: cuda where there is one).")
-    layers: str | None = option(
-        None,
-        "Layers that use MuSe: all, numbers such as 2,3, or auto, which measures on other text than the rest "
-        "and gives every layer the fastest setting that keeps the model within --max_loss_increase (default: "
-        "the model's own policy, or all).",
-    )
-    max_loss_increase: float = option(0.002, "Budget of --layers auto, relative to the loss.")
-    num_retrieved: int | None = option(None, "Clusters each query attends to exactly.")
-    cluster_size: int | None = option(None, "Mean number of keys in a cluster.")
-    local_block: int | None = option(None, "Tokens attended exactly around each token.")
     lengths: list[int] = field(
         default_factory=lambda: [512, 1024, 2048],
         metadata={"help": "Context lengths in tokens; loss by position and generate() take the longest."},
@@ -105,16 +73,18 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def parse_arguments(argv: list[str] | None) -> tuple[EvaluationArguments, TextArguments]:
+def parse_arguments(
+    argv: list[str] | None,
+) -> tuple[EvaluationArguments, PretrainedArguments, TextArguments]:
     """The arguments, if they make sense."""
     parser = HfArgumentParser(
-        (EvaluationArguments, TextArguments),
+        (PretrainedArguments, TextArguments, EvaluationArguments),
         description=__doc__,
         usage="python examples/evaluate_long_context.py [options]",
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    arguments, texts = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    pretrained, texts, arguments = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     arguments.lengths = sorted(set(arguments.lengths))
     if arguments.lengths[0] < SMALLEST_LENGTH:
         raise UsageError(f"--lengths must be at least {SMALLEST_LENGTH}.")
@@ -124,16 +94,21 @@ def parse_arguments(argv: list[str] | None) -> tuple[EvaluationArguments, TextAr
         raise UsageError("give --text or --dataset_name, not both.")
     if arguments.output_dir and Path(arguments.output_dir).exists():
         raise UsageError(f"{arguments.output_dir!r} exists already and is not overwritten.")
-    return arguments, texts
+    return arguments, pretrained, texts
 
 
-def evaluate(arguments: EvaluationArguments, texts: TextArguments) -> None:
+def evaluate(arguments: EvaluationArguments, pretrained: PretrainedArguments, texts: TextArguments) -> None:
     """Measure with exact and with MuSe attention, then write and print everything."""
     folder = Path(arguments.output_dir) if arguments.output_dir else free_folder(Path("runs/long_context"))
     corpus = load_texts(texts)
-    model, tokenizer = load_model(arguments, corpus)
-    calibration, rows = text_rows(arguments, corpus, tokenizer)
-    policy = muse_policy(arguments, model, calibration)
+    longest, samples = arguments.lengths[-1], arguments.samples
+    model, tokenizer = load_model(pretrained, corpus, longest)
+    # The small model was trained on the other documents.
+    others = () if pretrained.model is None else corpus.texts(held_out=False)
+    documents = itertools.chain(corpus.texts(held_out=True), others)
+    rows = text_rows(documents, tokenizer, longest, 2 * samples, needed=2 * samples)
+    calibration, rows = rows.split(samples)
+    policy = muse_policy(pretrained, model, calibration)
     results = [
         measure(arguments, model, tokenizer, rows, None),
         measure(arguments, model, tokenizer, rows, policy),
@@ -143,7 +118,7 @@ def evaluate(arguments: EvaluationArguments, texts: TextArguments) -> None:
     prefills = [row for result in results for row in result.prefills]
 
     folder.mkdir(parents=True)
-    values = dataclasses.asdict(arguments) | dataclasses.asdict(texts)
+    values = {name: value for group in (pretrained, texts, arguments) for name, value in vars(group).items()}
     write_json(folder / "settings.json", {"arguments": values, "muse": policy.to_dict()})
     for name, table in (("loss_by_position", by_position), ("tasks", tasks), ("prefill", prefills)):
         append_rows(folder / f"{name}.csv", table)
@@ -156,72 +131,6 @@ def evaluate(arguments: EvaluationArguments, texts: TextArguments) -> None:
     print(f"\ngenerate() after a long prompt: {same} of {len(exact)} tokens are the same")
     print(f"  exact {tokenizer.decode(exact)!r}\n  MuSe  {tokenizer.decode(muse)!r}")
     print(f"\ntables and pictures: {folder}")
-
-
-def load_model(
-    arguments: EvaluationArguments, corpus: Corpus
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model that is named, or the small one, on its device and in evaluation mode."""
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if arguments.model is None:
-        model, tokenizer = make_small_model(corpus)
-        return model.to(device), tokenizer
-    try:
-        check_family(config := AutoConfig.from_pretrained(arguments.model))
-        check_length(config, arguments.lengths[-1])
-        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer or arguments.model)
-        model = AutoModelForCausalLM.from_pretrained(
-            arguments.model, dtype=arguments.dtype, attn_implementation="sdpa"
-        )
-        return model.to(device).eval(), tokenizer
-    except (UnsupportedError, InputError) as error:
-        raise UsageError(f"{str(error).rstrip('.')}.") from error
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UsageError(f"the model {arguments.model!r} could not be opened ({reason}).") from error
-
-
-def text_rows(
-    arguments: EvaluationArguments, corpus: Corpus, tokenizer: PreTrainedTokenizerBase
-) -> torch.Tensor:
-    """Tokens (2, samples, longest length) of documents: the first half to calibrate, the second to evaluate.
-
-    The small model was trained on the corpus itself, so that only its held-out documents count.
-    """
-    length = arguments.lengths[-1]
-    texts = itertools.chain(
-        corpus.texts(held_out=True), () if arguments.model is None else corpus.texts(False)
-    )
-    end = tokenizer.eos_token_id
-    windows = pack(tokenize(texts, tokenizer), end if end is not None else 0, length)
-    needed = 2 * arguments.samples
-    found = list(itertools.islice(windows, needed))
-    if len(found) < needed:
-        raise UsageError(
-            f"the text fills {len(found)} rows of {length} tokens, but {needed} are needed (--samples to "
-            "evaluate and as many to calibrate): give more text."
-        )
-    return torch.from_numpy(np.stack(found)).long().view(2, arguments.samples, length)
-
-
-def muse_policy(
-    arguments: EvaluationArguments, model: PreTrainedModel, calibration: torch.Tensor
-) -> muse_hf.MuseConfig:
-    """What MuSe means: the model's own policy or a default one, changed by the arguments."""
-    fields = ("num_retrieved", "cluster_size", "local_block")
-    given = {name: value for name in fields if (value := getattr(arguments, name)) is not None}
-    layers, options = arguments.layers, {}
-    if layers == "auto":
-        options = {"calibration": calibration, "max_loss_increase": arguments.max_loss_increase}
-    elif layers is not None:
-        layers = muse_layers(layers)
-    try:
-        default = muse_hf.MuseConfig(**SMALL_MUSE) if arguments.model is None else model_policy(model.config)
-        report = muse_hf.patch_model(model, layers, default.replace(**given), **options)
-    except ValueError as error:
-        raise UsageError(f"{str(error).rstrip('.')}.") from error
-    print(f"{report}\n")
-    return model_policy(model.config)
 
 
 @dataclass

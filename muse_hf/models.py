@@ -61,15 +61,17 @@ def check_length(model_config: Any, length: int) -> None:
 
 
 @torch.no_grad()
-def token_losses(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.Tensor:
+def token_losses(model: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
     """Loss of each token given those before it, in nats. Memory is linear in N, without N x vocabulary.
 
     Args:
-        input_ids: (B, N).
+        model: A causal language model, also inside a PEFT, compiled or parallel wrapper.
+        input_ids: (B, N) on its device.
 
     Returns:
         (B, N - 1) float32: the loss of tokens 1 to N - 1, whose mean is the model's own loss.
     """
+    model = transformers_model(model)
     head, hidden = model.get_output_embeddings(), hidden_states(model, input_ids)
     parts = (tensor.split(_TOKENS_OF_LOGITS, dim=1) for tensor in (hidden[:, :-1], input_ids[:, 1:]))
     losses = [

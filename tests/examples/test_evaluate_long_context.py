@@ -142,7 +142,7 @@ def test_refusals_are_one_sentence(change, message, folder, capsys):
     assert line.endswith(".")
 
 
-@pytest.mark.parametrize("script", ["evaluate_long_context.py"])
+@pytest.mark.parametrize("script", ["evaluate_long_context.py", "finetune_lora.py"])
 def test_without_the_plugin_a_sentence_says_so(script):
     code = (
         f"import sys, runpy; sys.modules['muse_hf'] = None; runpy.run_path({script!r}, run_name='__main__')"

@@ -1,0 +1,268 @@
+"""Adapt a pretrained model to MuSe attention with LoRA (PEFT), on Accelerate, and see what gap remains.
+
+The same training is done twice, with exact and with MuSe attention, on the same batches: the loss of either
+before and after says what MuSe costs, and how much of that training repairs. Without arguments it makes a
+small model from Python's standard library and takes about two minutes on two cores.
+
+    python examples/finetune_lora.py --model path/to/model --text my_folder --length 32768 --steps 200 \\
+        --mixed_precision bf16 --layers all
+
+Or fine-tune on a task and compare the scores: the share of test rows whose whole answer is the most probable.
+
+    python examples/finetune_lora.py --model meta-llama/Llama-3.2-1B --task_dataset google/boolq \\
+        --prompt "{passage} Question: {question}? Answer:" --answer "{answer}" --local_block 128
+    python examples/finetune_lora.py --model meta-llama/Llama-3.2-1B --task_dataset rajpurkar/squad \\
+        --prompt "{context} Question: {question} Answer:" --answer "{answers[text][0]}" --local_block 128
+    python examples/finetune_lora.py --model path/to/model --task_file rows.jsonl   # fields: prompt, answer
+
+Text no longer than local_block is attended exactly, so only longer prompts make a difference.
+Several processes: accelerate launch --num_processes 8 examples/finetune_lora.py ...
+
+Beside an adapter, in the folder `model`, is the config of its model, which says the layers that use MuSe:
+
+    import muse_hf
+    config = AutoConfig.from_pretrained("runs/finetune/muse/model")
+    model = AutoModelForCausalLM.from_pretrained("runs/finetune/muse", config=config)
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, set_seed, tqdm
+from corpus import UsageError
+from finetune_data import Example, TaskArguments, task_examples, text_examples
+from peft import LoraConfig, get_peft_model
+from plugin import muse_hf
+from pretrain_arguments import HelpFormatter, TextArguments, option
+from pretrained import PretrainedArguments, load_model, muse_policy, text_rows
+from records import free_folder, write_json
+from report import NAMES
+from texts import load_texts
+from torch.utils.data import DataLoader
+from transformers import HfArgumentParser, PreTrainedModel, get_cosine_schedule_with_warmup
+
+from muse_hf.models import transformers_model
+
+TIMES = ("before", "after")
+
+
+@dataclass
+class FinetuneArguments:
+    _argument_group_name = "Fine-tuning"
+
+    length: int = option(1024, "Tokens in a window of text; longest prompt and answer of a task.")
+    steps: int = option(60, "Optimizer steps.")
+    gradient_accumulation_steps: int = option(1, "Windows, or rows of a task, in one optimizer step.")
+    learning_rate: float | None = option(
+        None, "Highest learning rate, after warm-up (default: 2e-4, or 2e-5 with --full)."
+    )
+    rank: int = option(8, "Rank of the LoRA adapters, which all linear layers get.")
+    full: bool = option(False, "Train all weights instead of adapters.")
+    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "Precision of the forward pass.")
+    gradient_checkpointing: bool = option(False, "Less memory, more time.")
+    test_windows: int = option(4, "Windows of held-out text on which the loss is measured.")
+    seed: int = option(0, "Seed of the adapters and of the order of the batches.")
+    output_dir: str | None = option(
+        None, "New folder for the results. Left out: runs/finetune, or the next free name."
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; returns its exit code."""
+    try:
+        finetune(*parse_arguments(argv))
+    except UsageError as error:
+        print(f"\nfinetune_lora.py: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nfinetune_lora.py: interrupted.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse_arguments(
+    argv: list[str] | None,
+) -> tuple[FinetuneArguments, PretrainedArguments, TextArguments, TaskArguments]:
+    """The arguments, if they make sense."""
+    parser = HfArgumentParser(
+        (PretrainedArguments, TextArguments, TaskArguments, FinetuneArguments),
+        description=__doc__,
+        usage="python examples/finetune_lora.py [options]",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    pretrained, texts, task, arguments = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    sources = (texts.text, texts.dataset_name, task.task_file, task.task_dataset)
+    if sum(source is not None for source in sources) > 1:
+        raise UsageError("give one of --text, --dataset_name, --task_file and --task_dataset.")
+    for name in ("length", "steps", "gradient_accumulation_steps", "rank", "test_windows"):
+        if getattr(arguments, name) < (smallest := 16 if name == "length" else 1):
+            raise UsageError(f"--{name} must be at least {smallest}.")
+    if arguments.output_dir and Path(arguments.output_dir).exists():
+        raise UsageError(f"{arguments.output_dir!r} exists already and is not overwritten.")
+    return arguments, pretrained, texts, task
+
+
+def finetune(
+    arguments: FinetuneArguments, pretrained: PretrainedArguments, texts: TextArguments, task: TaskArguments
+) -> None:
+    """Adapt with exact and with MuSe attention, and report."""
+    accelerator = Accelerator(
+        mixed_precision=arguments.mixed_precision,
+        # A step is always the mean of the same number of rows, also across the end of the data.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=arguments.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        step_scheduler_with_optimizer=False,
+        cpu=pretrained.device == "cpu",
+    )
+    pretrained = dataclasses.replace(pretrained, device=str(accelerator.device))
+    folder = Path(arguments.output_dir) if arguments.output_dir else free_folder(Path("runs/finetune"))
+    corpus = load_texts(texts)
+    model, tokenizer = load_model(pretrained, corpus, arguments.length)
+    needed = arguments.steps * arguments.gradient_accumulation_steps * accelerator.num_processes
+    if task.task_file or task.task_dataset:
+        train, test = task_examples(task, tokenizer, arguments.length, needed)
+    else:
+        train, test = (
+            text_examples(text_rows(corpus.texts(held_out), tokenizer, arguments.length, count, needed=1))
+            for held_out, count in ((False, needed), (True, arguments.test_windows))
+        )
+    calibration = torch.cat([example.input_ids for example in train])[None, : arguments.length]
+    policy = muse_policy(pretrained, model, calibration)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True)
+        if pretrained.model is None:
+            model.save_pretrained(folder / "base")
+            tokenizer.save_pretrained(folder / "base")
+    accelerator.wait_for_everyone()
+    if pretrained.model is None:
+        pretrained = dataclasses.replace(pretrained, model=str(folder / "base"))
+
+    results = {}
+    for attention in NAMES:
+        model, _ = load_model(pretrained, corpus, arguments.length)
+        if attention == "muse":
+            muse_hf.patch_model(model, config=policy)
+        results[attention] = adapt(arguments, accelerator, model, train, test, folder / attention)
+    groups = (arguments, pretrained, texts, task)
+    values = {name: value for group in groups for name, value in vars(group).items()}
+    if accelerator.is_main_process:
+        settings = {"arguments": values, "muse": policy.to_dict()}
+        write_json(folder / "results.json", settings | {"results": results})
+        print(report(results))
+        print(f"\nadapted models: {folder / 'exact'}, {folder / 'muse'}")
+
+
+def adapt(
+    arguments: FinetuneArguments,
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    train: list[Example],
+    test: list[Example],
+    folder: Path,
+) -> dict[str, dict[str, float]]:
+    """Train a model, save it or its adapter, and return what it reaches before and after."""
+    set_seed(arguments.seed)
+    before = measure(accelerator, model, test)
+    if not arguments.full:
+        lora = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=arguments.rank,
+            lora_alpha=2 * arguments.rank,
+            target_modules="all-linear",
+        )
+        model = get_peft_model(model, lora)
+    if arguments.gradient_checkpointing:
+        transformers_model(model).gradient_checkpointing_enable({"use_reentrant": False})
+    rate = arguments.learning_rate or (2e-5 if arguments.full else 2e-4)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, arguments.steps // 10, arguments.steps)
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+
+    model.train()
+    bar = tqdm(total=arguments.steps, desc=f"{folder.name} attention", unit="step")
+    batches = endless_batches(accelerator, train, arguments.seed)
+    for _ in range(arguments.steps * arguments.gradient_accumulation_steps):
+        with accelerator.accumulate(model):
+            loss = model(**next(batches), use_cache=False).loss
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        if accelerator.sync_gradients:
+            scheduler.step()
+            bar.update()
+            bar.set_postfix_str(f"loss {loss.item():.4f}")
+    bar.close()
+
+    after = measure(accelerator, model, test)
+    if accelerator.is_main_process:
+        adapted = accelerator.unwrap_model(model)
+        adapted.save_pretrained(folder)
+        if not arguments.full:  # an adapter comes without one, and would no longer be taken for an adapter
+            transformers_model(adapted).config.save_pretrained(folder / "model")
+    accelerator.free_memory()
+    return {"before": before, "after": after}
+
+
+def endless_batches(
+    accelerator: Accelerator, train: list[Example], seed: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """One example after the other, in an order that depends on the seed alone."""
+    loader = DataLoader(
+        train,
+        batch_size=1,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(seed),
+        collate_fn=lambda examples: {name: value[None] for name, value in vars(examples[0]).items()},
+    )
+    loader = accelerator.prepare(loader)
+    while True:
+        yield from loader
+
+
+@torch.no_grad()
+def measure(accelerator: Accelerator, model: torch.nn.Module, test: list[Example]) -> dict[str, float]:
+    """Mean loss of the labels in nats per token, and of a task the share of answers that are right."""
+    model.eval()
+    losses, right = [], []
+    for example in tqdm(test, desc="testing", unit="row", leave=False):
+        input_ids = example.input_ids[None].to(accelerator.device)
+        with accelerator.autocast():
+            if len(example.answer) == len(example.labels):
+                losses.append(muse_hf.token_losses(model, input_ids)[0])
+                continue
+            answer = example.answer.to(accelerator.device)
+            logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=len(answer) + 1).logits
+        logits = logits[0, :-1].float()
+        losses.append(torch.nn.functional.cross_entropy(logits, answer, reduction="none"))
+        right.append((logits.argmax(-1) == answer).all().float())
+    score = {"score": torch.stack(right).mean().item()} if right else {}
+    return {"loss": torch.cat(losses).double().mean().item()} | score
+
+
+def report(results: dict[str, dict[str, dict[str, Any]]]) -> str:
+    """Losses, the gap between them, and scores, before and after."""
+    rows = {"": [f"{time:>12}" for time in TIMES]}
+    for attention, name in NAMES.items():
+        rows[f"{name}, loss"] = [f"{results[attention][time]['loss']:12.4f}" for time in TIMES]
+    gaps = (results["muse"][time]["loss"] / results["exact"][time]["loss"] - 1 for time in TIMES)
+    rows["MuSe relative to exact"] = [f"{gap:+12.2%}" for gap in gaps]
+    for attention, name in NAMES.items():
+        if "score" in results[attention]["after"]:
+            rows[f"{name}, score"] = [f"{results[attention][time]['score']:12.1%}" for time in TIMES]
+    return "\n".join(f"{title:24}" + "".join(cells) for title, cells in rows.items())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""A pretrained model, and the MuSe setting to try on it: what two examples share."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from typing import Literal
+
+import numpy as np
+import torch
+from corpus import Corpus, UsageError, pack, tokenize
+from models import muse_layers
+from plugin import muse_hf
+from pretrain_arguments import option
+from small_model import make_small_model
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from muse_hf.models import InputError, check_length
+from muse_hf.routing import UnsupportedError, check_family, model_policy
+
+# For the small model, whose contexts are short.
+SMALL_MUSE = {"local_block": 128, "cluster_size": 8, "num_retrieved": 32}
+
+
+@dataclass
+class PretrainedArguments:
+    _argument_group_name = "Model and MuSe attention"
+
+    model: str | None = option(
+        None, "A causal model, a folder or a name on the Hub. Left out: a small one is made first."
+    )
+    tokenizer: str | None = option(None, "Its tokenizer, if it comes without one.")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of the model's weights.")
+    device: str | None = option(None, "Such as cuda or cpu (default: cuda where there is one).")
+    layers: str | None = option(
+        None,
+        "Layers that use MuSe: all, numbers such as 2,3, or auto, which measures on text of its own and "
+        "gives every layer the fastest setting that keeps the model within --max_loss_increase (default: the "
+        "model's own policy, or all).",
+    )
+    max_loss_increase: float = option(0.002, "Budget of --layers auto, relative to the loss.")
+    num_retrieved: int | None = option(None, "Clusters each query attends to exactly.")
+    cluster_size: int | None = option(None, "Mean number of keys in a cluster.")
+    local_block: int | None = option(None, "Tokens attended exactly around each token.")
+
+
+def load_model(
+    arguments: PretrainedArguments, corpus: Corpus, length: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model that is named, or the small one, with exact attention, on its device.
+
+    Args:
+        corpus: What the small model is made from.
+        length: The longest input it is to have.
+    """
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.model is None:
+        model, tokenizer = make_small_model(corpus)
+        return model.to(device), tokenizer
+    try:
+        check_family(config := AutoConfig.from_pretrained(arguments.model))
+        check_length(config, length)
+        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer or arguments.model)
+        model = AutoModelForCausalLM.from_pretrained(
+            arguments.model, dtype=arguments.dtype, attn_implementation="sdpa"
+        )
+        return model.to(device).eval(), tokenizer
+    except (UnsupportedError, InputError) as error:
+        raise UsageError(f"{str(error).rstrip('.')}.") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UsageError(f"the model {arguments.model!r} could not be opened ({reason}).") from error
+
+
+def text_rows(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, count: int, needed: int
+) -> torch.Tensor:
+    """At most `count` rows (rows, length) of tokens of documents in order, each ended by end-of-text.
+
+    Raises:
+        UsageError: There are fewer than `needed`.
+    """
+    end = tokenizer.eos_token_id
+    windows = pack(tokenize(texts, tokenizer), 0 if end is None else end, length)
+    rows = list(islice(windows, count))
+    if len(rows) < needed:
+        raise UsageError(
+            f"the text fills {len(rows)} rows of {length} tokens, but {needed} are needed: give more text."
+        )
+    return torch.from_numpy(np.stack(rows)).long()
+
+
+def muse_policy(
+    arguments: PretrainedArguments, model: PreTrainedModel, calibration: torch.Tensor
+) -> muse_hf.MuseConfig:
+    """What MuSe means: the model's own policy or a default one, changed by the arguments.
+
+    Args:
+        calibration: Tokens (rows, length) for `--layers auto`.
+    """
+    fields = ("num_retrieved", "cluster_size", "local_block")
+    given = {name: value for name in fields if (value := getattr(arguments, name)) is not None}
+    layers, options = arguments.layers, {}
+    if layers == "auto":
+        options = {"calibration": calibration, "max_loss_increase": arguments.max_loss_increase}
+    elif layers is not None:
+        layers = muse_layers(layers)
+    try:
+        default = muse_hf.MuseConfig(**SMALL_MUSE) if arguments.model is None else model_policy(model.config)
+        report = muse_hf.patch_model(model, layers, default.replace(**given), **options)
+    except ValueError as error:
+        raise UsageError(f"{str(error).rstrip('.')}.") from error
+    print(f"{report}\n")
+    policy = model_policy(model.config)
+    muse_hf.unpatch_model(model)
+    return policy

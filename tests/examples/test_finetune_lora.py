@@ -1,0 +1,145 @@
+"""Adapting a model: what is trained on, what comes back from the saved adapter, and what is refused."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from transformers import AutoConfig, AutoModelForCausalLM
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import finetune_lora  # noqa: E402
+from finetune_data import NO_LABEL, TaskArguments, task_examples  # noqa: E402
+
+from tests.models import byte_tokenizer, output_of, tiny_model, tokens  # noqa: E402
+
+TINY = ["--length", 64, "--steps", 40, "--learning_rate", "1e-2", "--test_windows", 2, "--device", "cpu"]
+MUSE = ["--local_block", 16, "--cluster_size", 4, "--num_retrieved", 2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model, a folder of texts that all say the same, and a task of which the answer is in the prompt."""
+    path = tmp_path_factory.mktemp("finetune")
+    for family in ("llama", "gpt2"):
+        tiny_model(family, vocab_size=257).float().save_pretrained(path / family)
+        byte_tokenizer().save_pretrained(path / family)
+    path.joinpath("text").mkdir()
+    for name in range(40):
+        path.joinpath(f"text/{name:02}.txt").write_text("What is said is said again. " * 8)
+    rows = [{"passage": f"row {n}", "labels": {"text": ["no", "yes"][n % 2]}} for n in range(40)]
+    path.joinpath("task.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def run(folder, *arguments, model="llama") -> int:
+    return finetune_lora.main([str(word) for word in ("--model", folder / model, *arguments)])
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+def test_an_adapter_reloads_with_its_policy(model, folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    where = ["--text", folder / "text", "--output_dir", out, "--layers", "0,-1"]
+    assert run(folder, *where, *TINY, *MUSE, model=model) == 0
+    saved = json.loads((out / "results.json").read_text())
+    for attention in ("exact", "muse"):
+        result = saved["results"][attention]
+        assert result["after"]["loss"] < result["before"]["loss"] - 0.5, (
+            f"{attention} does not learn: {result}"
+        )
+    printed = capsys.readouterr().out
+    assert "MuSe relative to exact" in printed
+    assert "score" not in printed
+
+    adapted, exact = (reloaded(out / attention) for attention in ("muse", "exact"))
+    assert (adapted.config._attn_implementation, adapted.config.muse) == ("muse", saved["muse"])
+    assert adapted.config.muse["layers"] == [0, -1]
+    assert exact.config._attn_implementation == "sdpa"
+    ids = torch.tensor([byte_tokenizer()("What is said is said again. " * 3)["input_ids"][:64]])
+    with torch.no_grad():
+        loss = adapted(input_ids=ids, labels=ids).loss.item()
+    assert loss == pytest.approx(saved["results"]["muse"]["after"]["loss"], abs=0.5)
+
+
+def reloaded(folder):
+    config = AutoConfig.from_pretrained(folder / "model")
+    return AutoModelForCausalLM.from_pretrained(folder, config=config).eval()
+
+
+def test_all_weights_and_a_task(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    task = [
+        "--task_file",
+        folder / "task.jsonl",
+        "--prompt",
+        "{passage}. It is",
+        "--answer",
+        "{labels[text]}",
+    ]
+    how = ["--full", "--gradient_accumulation_steps", 2, "--gradient_checkpointing", "--layers", "all"]
+    assert run(folder, *task, *TINY, *MUSE, *how, "--output_dir", out) == 0
+    printed = capsys.readouterr().out
+    assert "MuSe attention, score" in printed
+    results = json.loads((out / "results.json").read_text())["results"]
+    for attention in ("exact", "muse"):
+        assert results[attention]["after"]["loss"] < 1.0 < results[attention]["before"]["loss"]
+        assert results[attention]["after"]["score"] > results[attention]["before"]["score"]
+    model = AutoModelForCausalLM.from_pretrained(out / "muse")
+    assert model.config._attn_implementation == "muse"
+    base = AutoModelForCausalLM.from_pretrained(folder / "llama")
+    assert not torch.allclose(output_of(model, tokens(8)), output_of(base, tokens(8)), atol=0.1)
+
+
+def test_only_answers_have_labels(folder):
+    arguments = TaskArguments(
+        task_file=str(folder / "task.jsonl"), prompt="{passage}. ", answer="{labels[text]}", test_rows=3
+    )
+    tokenizer = byte_tokenizer()
+    train, test = task_examples(arguments, tokenizer, length=10, train_rows=5)
+    assert (len(train), len(test)) == (5, 3)
+    assert tokenizer.decode(train[4].input_ids) == "row 5. yes", "row 4 is a test row"
+    assert tokenizer.decode(test[0].input_ids) == "row 4. no"
+    assert tokenizer.decode(train[0].answer) == " no"
+    assert (train[0].labels == NO_LABEL).sum() == len("row 0.")
+    longer, _ = task_examples(arguments, tokenizer, length=7, train_rows=5)
+    assert tokenizer.decode(longer[0].input_ids) == "w 0. no", "the start of a long prompt is left out"
+
+
+def test_auto_is_calibrated_on_what_is_trained_on(folder, tmp_path, capsys):
+    how = ["--steps", 1, "--layers", "auto", "--max_loss_increase", 0.5, "--output_dir", tmp_path / "out"]
+    assert run(folder, "--text", folder / "text", *TINY, *MUSE, *how) == 0
+    assert "chosen on 1 x 64 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task_file", "nowhere"], "there is no file 'nowhere'"),
+        (["--task_file", "{}/text/00.txt"], "line 1 of"),
+        (["--task_file", "{}/task.jsonl"], "a row has no 'prompt'; its fields are ['labels', 'passage']"),
+        (["--task_file", "{}/task.jsonl", "--text", "{}/text"], "give one of"),
+        (
+            ["--text", "{}/text", "--length", 100000],
+            "the text fills 0 rows of 100000 tokens",
+        ),
+        (["--text", "{}/text", "--length", 2], "--length must be at least 16"),
+        (["--text", "{}/text", "--output_dir", "{}"], "exists already"),
+        (["--text", "{}/text", "--layers", "9"], "layer 9 is out of range"),
+    ],
+    ids=str,
+)
+def test_refusals_are_one_sentence(arguments, message, folder, capsys):
+    assert run(folder, *TINY, *MUSE, *(str(word).replace("{}", str(folder)) for word in arguments)) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in line
+    assert line.endswith(".")

@@ -1,6 +1,7 @@
 """The command `muse-hf`: what MuSe attention would do to a model, and running other programs with it."""
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -64,10 +65,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _profile(arguments: argparse.Namespace) -> None:
+    if arguments.heat_map:
+        with _refusals(ImportError):  # before the work, not after it
+            importlib.import_module("muse_hf.plots")
     model, input_ids = _model_and_text(arguments)
     profile = profile_layers(model, input_ids, _policy(arguments, model))
     if arguments.heat_map:
-        with _refusals(ImportError, OSError, ValueError):
+        with _refusals(OSError, ValueError):
             profile.plot(arguments.heat_map)
     _show(arguments, profile)
 

@@ -44,12 +44,13 @@ def table_of_tasks(rows: Rows) -> str:
 
 def table_of_prefills(rows: Rows) -> str:
     """Time and memory by length."""
-    lines = [f"{'prefill':>10}{'exact':>12}{'MuSe':>12}{'exact':>12}{'MuSe':>12}"]
+    names = f"{'exact':>12}{'MuSe':>12}"
+    lines = [f"{'prefill':>10}{names * (2 if rows[0]['gib'] else 1)}"]
     for length in dict.fromkeys(row["length"] for row in rows):
         pair = [row for row in rows if row["length"] == length]
         times = "".join(f"{row['seconds']:10.3f} s" for row in pair)
-        memory = "".join(f"{row['gib']:8.2f} GiB" if row["gib"] else f"{'':12}" for row in pair)
-        lines.append(f"{length:10}{times}{memory}".rstrip())
+        memory = "".join(f"{row['gib']:8.2f} GiB" for row in pair if row["gib"])
+        lines.append(f"{length:10}{times}{memory}")
     return "\n".join(lines)
 
 

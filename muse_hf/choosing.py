@@ -33,12 +33,18 @@ class Option:
     Attributes:
         num_retrieved: Clusters each query retrieves; None is exact attention.
         ms: Time of the forward attention call of one row, in milliseconds.
-        harm: As in `LayerProfile`; 0 for exact attention.
+        harm, harm_error: As in `LayerProfile`; 0 for exact attention.
     """
 
     num_retrieved: int | None
     ms: float
     harm: float
+    harm_error: float = 0.0
+
+    @property
+    def cost(self) -> float:
+        """Harm that has to be reckoned with, of which a gain pays nothing back to other layers."""
+        return max(0.0, self.harm + self.harm_error)
 
     @property
     def name(self) -> str:
@@ -55,7 +61,8 @@ class Choice:
         chosen: The option of each layer.
         predicted: Sum of the harms of the chosen options.
         measured: Harm of all of them together, by a forward pass of the whole model.
-        budget: What `measured` had to stay within.
+        measured_error: Its standard error.
+        budget: What both, with a standard error on top, had to stay within: other text is a little different.
         has_loss: Whether harm is the relative increase of the loss, or else the output error of the model.
         rows, length, device: What it was measured on.
     """
@@ -65,6 +72,7 @@ class Choice:
     chosen: dict[int, Option]
     predicted: float
     measured: float
+    measured_error: float
     budget: float
     has_loss: bool
     rows: int
@@ -86,8 +94,8 @@ class Choice:
         exact = len(self.options) * first[-1].ms
         chosen = sum(option.ms for option in self.chosen.values())
         lines.append(
-            f"{what} of the chosen settings (*) together {self.measured:+.3%}, sum of the layers "
-            f"{self.predicted:+.3%}, budget {self.budget:.3%}"
+            f"{what} of the chosen settings (*) together {self.measured:+.3%} ± {self.measured_error:.3%}, "
+            f"sum of the layers {self.predicted:+.3%}, budget {self.budget:.3%}"
         )
         lines.append(f"attention of all layers {chosen:.1f} ms, with exact attention {exact:.1f} ms")
         if chosen >= exact:
@@ -106,7 +114,7 @@ def choose_settings(
 
     Harms of layers are taken to add up, so that for a price on harm every layer can choose for itself the
     option of least `ms + price * harm`. The lowest price at which the sum, and then a forward pass of the
-    whole model, stays within the budget decides.
+    whole model, stays within the budget decides. Both count with a standard error on top.
 
     Args:
         model: A bare Transformers model.
@@ -126,7 +134,11 @@ def choose_settings(
     times = [statistics.median(column) for column in zip(*([e.muse_ms for e in profiles[i]] for i in layers))]
     exact = Option(EXACT, statistics.median(profiles[layer][0].exact_ms for layer in layers), 0.0)
     options = {
-        layer: [Option(*row) for row in zip(RETRIEVED, times, (e.harm for e in profiles[layer]))] + [exact]
+        layer: [
+            Option(number, ms, entry.harm, entry.harm_error)
+            for number, ms, entry in zip(RETRIEVED, times, profiles[layer])
+        ]
+        + [exact]
         for layer in layers
     }
     described = {
@@ -139,25 +151,29 @@ def choose_settings(
     }
     with temporary_policy(model):
         for chosen in assignments(options):
-            predicted = sum(_cost(option) for option in chosen.values())
-            if predicted <= max_loss_increase:
+            if sum(option.cost for option in chosen.values()) <= max_loss_increase:
                 policy = policy_of(chosen, config)
-                measured = quality.relative(quality.change(policy))
-                if measured <= max_loss_increase:
+                measured = quality.change(policy)
+                if measured.harm + measured.harm_error <= max_loss_increase:
                     break
-    return Choice(policy=policy, chosen=chosen, predicted=predicted, measured=measured, **described)
+    return Choice(
+        policy=policy,
+        chosen=chosen,
+        predicted=sum(option.harm for option in chosen.values()),
+        measured=measured.harm,
+        measured_error=measured.harm_error,
+        **described,
+    )
 
 
 def assignments(options: Mapping[int, Sequence[Option]]) -> Iterator[dict[int, Option]]:
     """Options for all layers, from the fastest to exact attention everywhere, as the price on harm rises."""
     pairs = (pair for layer in options.values() for pair in combinations(layer, 2))
-    prices = {
-        (b.ms - a.ms) / (_cost(a) - _cost(b)) for a, b in pairs if (b.ms - a.ms) * (_cost(a) - _cost(b)) > 0
-    }
+    prices = {(b.ms - a.ms) / (a.cost - b.cost) for a, b in pairs if (b.ms - a.ms) * (a.cost - b.cost) > 0}
     for price in [0.0, *sorted(prices)]:
         above = price * (1 + 1e-9)  # where one option overtakes another
         yield {
-            layer: min(choices, key=lambda option: (option.ms + above * _cost(option), _cost(option)))
+            layer: min(choices, key=lambda option: (option.ms + above * option.cost, option.cost))
             for layer, choices in options.items()
         }
     yield {layer: choices[-1] for layer, choices in options.items()}
@@ -172,11 +188,6 @@ def policy_of(chosen: Mapping[int, Option], config: MuseConfig) -> MuseConfig:
             if option.num_retrieved is not EXACT
         }
     )
-
-
-def _cost(option: Option) -> float:
-    """Harm, of which a layer that happens to gain from MuSe pays nothing back to the others."""
-    return max(0.0, option.harm)
 
 
 @dataclass(frozen=True)
@@ -275,7 +286,7 @@ def recommend_config(
         tried = [
             Candidate(
                 config=config,
-                harm=quality.relative(quality.change(config)),
+                harm=quality.change(config).harm,
                 ms=milliseconds(forward, base.device),
             )
             for config in logging.tqdm(settings, desc="Trying settings", unit="setting", leave=False)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AttentionInterface, PreTrainedModel
@@ -30,6 +30,8 @@ from muse_hf.reference.attention import merge
 from muse_hf.reference.exact import exact_forward
 from muse_hf.routing import check_windows, is_cross_attention, model_policy
 
+# Tokens whose mean change of the loss counts as one observation: neighbours are not independent.
+_OBSERVED_TOKENS = 256
 # Logits that exist at once while exact attention is computed a part of the queries at a time.
 _LOGITS = 1 << 25
 _TIMED_CALLS = 3
@@ -48,6 +50,7 @@ class LayerProfile:
         change: With MuSe in this layer alone, how much the model's loss rises, in nats per token; or, of a
             model without a next-token loss, Σ|MuSe - exact|² / Σ|exact|² of its last hidden states.
         harm: The same relative to the exact loss; or just the same.
+        harm_error: Standard error of the harm, from how much it differs along the text; 0 without a loss.
     """
 
     layer: int
@@ -58,6 +61,7 @@ class LayerProfile:
     muse_ms: float
     change: float
     harm: float
+    harm_error: float
 
 
 @dataclass(frozen=True)
@@ -110,16 +114,18 @@ class Profile:
             f"{self.model}, {self.rows} x {self.length} tokens, {self.dtype} on {self.device}{exact}",
             *(f"MuSe: {setting}" for setting in dict.fromkeys(e.config.describe() for e in self.layers)),
             f"{'layer':>5}{'output error':>14}{'worst head':>18}{'logsumexp':>11}{'exact':>11}{'MuSe':>11}"
-            f"{'loss, this layer alone' if has_loss else 'model output error':>25}",
+            f"{'loss, this layer alone' if has_loss else 'model output error':>31}",
         ]
         for entry in self.layers:
             errors = entry.output_error
             worst = max(range(len(errors)), key=errors.__getitem__)
-            alone = f"{entry.change:+.5f} ({entry.harm:+.3%})" if has_loss else f"{entry.harm:.4%}"
+            alone = f"{entry.harm:.4%}"
+            if has_loss:
+                alone = f"{entry.change:+.5f} ({entry.harm:+.3%} ± {entry.harm_error:.3%})"
             lines.append(
                 f"{entry.layer:5}{statistics.fmean(errors):14.3%}{f'{errors[worst]:.3%} (head {worst})':>18}"
                 f"{statistics.fmean(entry.lse_bias):+11.4f}{entry.exact_ms:8.2f} ms{entry.muse_ms:8.2f} ms"
-                f"{alone:>25}"
+                f"{alone:>31}"
             )
         order = ", ".join(map(str, self.by_harm()))
         return "\n".join([*lines, f"layers by harm, worst first: {order}"])
@@ -183,14 +189,14 @@ def measure_layers(
                 comparisons[module.layer_idx].add(*attention)
                 bar.update(len(candidates[module.layer_idx]))
 
-        def change(layer: int, config: MuseConfig) -> float:
+        def change(layer: int, config: MuseConfig) -> Change:
             bar.update(len(input_ids))
             return quality.change(config.replace(layers=[layer]))
 
         with observed_attention(compare):
             quality = Quality(model, input_ids)
         profiles = {
-            layer: comparisons[layer].profiles(layer, quality, [change(layer, config) for config in configs])
+            layer: comparisons[layer].profiles(layer, [change(layer, config) for config in configs])
             for layer, configs in candidates.items()
         }
     return profiles, quality
@@ -212,6 +218,14 @@ def check_input(
     return input_ids.to(model.device)
 
 
+class Change(NamedTuple):
+    """What a policy does to a model, as in `LayerProfile`."""
+
+    change: float
+    harm: float
+    harm_error: float
+
+
 class Quality:
     """The loss of a model with exact attention, or its output if it has no loss, and what policies change.
 
@@ -225,30 +239,28 @@ class Quality:
     """
 
     def __init__(self, model: PreTrainedModel, input_ids: torch.Tensor):
+        has_loss = predicts_next_token(model)
         self._model, self._rows = model, input_ids.split(1)
-        self._has_loss = predicts_next_token(model)
-        if self._has_loss:
-            self.exact_loss = self._loss()
-        else:
-            self.exact_loss = None
-            self._outputs = [hidden_states(model, row) for row in self._rows]
+        self._answer = token_losses if has_loss else hidden_states
+        self._exact = [self._answer(model, row) for row in self._rows]
+        self.exact_loss = torch.cat(self._exact).double().mean().item() if has_loss else None
 
-    def change(self, policy: MuseConfig) -> float:
-        """`LayerProfile.change` for the whole model under a policy, which stays in force."""
+    def change(self, policy: MuseConfig) -> Change:
+        """What the whole model loses under a policy, which stays in force."""
         self._model.config.muse = policy
-        if self._has_loss:
-            return self._loss() - self.exact_loss
-        pairs = [(hidden_states(self._model, row), exact) for row, exact in zip(self._rows, self._outputs)]
-        errors = torch.stack([(found.float() - exact.float()).square().sum() for found, exact in pairs])
-        return (errors.sum() / sum(exact.float().square().sum() for _, exact in pairs)).item()
+        differences = [self._answer(self._model, row) - exact for row, exact in zip(self._rows, self._exact)]
+        if self.exact_loss is None:
+            error = sum(map(_squares, differences)) / sum(map(_squares, self._exact))
+            return Change(error, error, 0.0)
+        losses = torch.cat(differences).double()
+        change = losses.mean().item()
+        pieces = torch.stack([piece.mean() for piece in losses.flatten().split(_OBSERVED_TOKENS)])
+        error = pieces.std(correction=0).item() / len(pieces) ** 0.5
+        return Change(change, change / self.exact_loss, error / self.exact_loss)
 
-    def relative(self, change: float) -> float:
-        """`LayerProfile.harm` that belongs to a change."""
-        return change / self.exact_loss if self._has_loss else change
 
-    def _loss(self) -> float:
-        means = [token_losses(self._model, row).double().mean() for row in self._rows]
-        return torch.stack(means).mean().item()
+def _squares(tensor: torch.Tensor) -> float:
+    return tensor.double().square().sum().item()
 
 
 class Comparison:
@@ -266,6 +278,7 @@ class Comparison:
         options = {"is_causal": is_causal, "scale": scale}
         exact = partial(exact_attention, query, key, value, **options)
         calls = [partial(muse_attention, query, key, value, config=c, **options) for c in self._settings]
+        exact()
         found = [call(return_lse=True) for call in calls]
         squared_output = torch.zeros(query.shape[1], dtype=torch.float64)
         squared_error, bias = (squared_output.repeat(len(calls), 1) for _ in range(2))
@@ -277,7 +290,7 @@ class Comparison:
         self._sums.append((squared_error, squared_output, bias / query.shape[2]))
         self._times.append([milliseconds(call, query.device) for call in (exact, *calls)])
 
-    def profiles(self, layer: int, quality: "Quality", changes: Sequence[float]) -> list[LayerProfile]:
+    def profiles(self, layer: int, changes: Sequence["Change"]) -> list[LayerProfile]:
         """One profile a setting, given what it changes in the model; medians of the rows' times."""
         squared_error, squared_output, bias = (sum(rows) for rows in zip(*self._sums))
         exact_ms, *muse_ms = (statistics.median(times) for times in zip(*self._times))
@@ -289,8 +302,7 @@ class Comparison:
                 lse_bias=(bias[setting] / len(self._sums)).tolist(),
                 exact_ms=exact_ms,
                 muse_ms=muse_ms[setting],
-                change=changes[setting],
-                harm=quality.relative(changes[setting]),
+                **changes[setting]._asdict(),
             )
             for setting, config in enumerate(self._settings)
         ]
@@ -357,16 +369,16 @@ def exact_parts(
 
 
 def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Median time of a few calls, after one that does not count."""
+    """Median time of a few calls; call it once before, so that nothing is compiled while the clock runs."""
     synchronize = (lambda: None) if device.type == "cpu" else partial(torch.accelerator.synchronize, device)
     times = []
-    for _ in range(1 + _TIMED_CALLS):
+    for _ in range(_TIMED_CALLS):
         synchronize()
         start = time.perf_counter()
         call()
         synchronize()
         times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times[1:])
+    return statistics.median(times)
 
 
 def device_name(device: torch.device) -> str:

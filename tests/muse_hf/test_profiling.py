@@ -240,6 +240,25 @@ def test_too_many_tokens_for_learned_positions():
         profile_layers(tiny_model("gpt2"), tokens(140), MUSE)
 
 
+def test_short_text_leaves_a_margin(costs, monkeypatch):
+    """What differs much along the text may differ on other text: its standard error counts against it."""
+    monkeypatch.setattr("muse_hf.profiling._OBSERVED_TOKENS", 8)
+    model = tiny_model("llama")
+    text = text_of(model)
+    entry = profile_layers(model, text, MUSE).layers[1]
+    patch_model(model, layers=[1], config=MUSE)
+    exact = tiny_model("llama")
+    change = (token_losses(model, text) - token_losses(exact, text)).flatten() / loss_of(exact, text)
+    pieces = torch.stack([piece.mean() for piece in change.split(8)])
+    assert entry.harm_error == pytest.approx((pieces.var(correction=0) / len(pieces)).sqrt().item(), rel=1e-3)
+
+    report = patch_model(model, layers="auto", config=MUSE, calibration=text, max_loss_increase=0.02)
+    chosen = report.choice.chosen.values()
+    assert sum(max(0, option.harm + option.harm_error) for option in chosen) <= 0.02
+    assert report.choice.measured + report.choice.measured_error <= 0.02
+    assert report.layers, "nothing was chosen, so that this test shows nothing"
+
+
 # recommend_config
 
 

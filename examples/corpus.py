@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from accelerate.utils import tqdm
+from command_line import UsageError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -18,10 +19,6 @@ if TYPE_CHECKING:  # `datasets` is imported where it is used: evaluating on loca
 
 END_OF_TEXT = "<|endoftext|>"
 DOCUMENTS_PER_CALL = 64  # the tokenizer's threads share the documents of one call
-
-
-class UsageError(Exception):
-    """The arguments or the data do not allow the run; the message is one sentence for the user."""
 
 
 @dataclass

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import tqdm
-from corpus import UsageError
+from command_line import UsageError, next_free, option
 from long_context_report import (
     plot_lengths,
     plot_losses,
@@ -34,11 +34,11 @@ from long_context_report import (
 )
 from long_context_tasks import continuation, make_tasks, prefill, score
 from plugin import muse_hf
-from pretrain_arguments import HelpFormatter, TextArguments, option
+from pretrain_arguments import TextArguments
 from pretrained import PretrainedArguments, load_model, muse_policy, text_rows
-from records import append_rows, free_folder, write_json
+from records import append_rows, write_json
 from texts import load_texts
-from transformers import HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 POSITIONS = 8  # parts of the context for the loss by position
 SMALLEST_LENGTH = 256
@@ -77,14 +77,10 @@ def parse_arguments(
     argv: list[str] | None,
 ) -> tuple[EvaluationArguments, PretrainedArguments, TextArguments]:
     """The arguments, if they make sense."""
-    parser = HfArgumentParser(
-        (PretrainedArguments, TextArguments, EvaluationArguments),
-        description=__doc__,
-        usage="python examples/evaluate_long_context.py [options]",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
+    parser = make_parser(
+        (PretrainedArguments, TextArguments, EvaluationArguments), "evaluate_long_context.py", __doc__
     )
-    pretrained, texts, arguments = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    pretrained, texts, arguments = parse(parser, argv)
     arguments.lengths = sorted(set(arguments.lengths))
     if arguments.lengths[0] < SMALLEST_LENGTH:
         raise UsageError(f"--lengths must be at least {SMALLEST_LENGTH}.")
@@ -99,7 +95,7 @@ def parse_arguments(
 
 def evaluate(arguments: EvaluationArguments, pretrained: PretrainedArguments, texts: TextArguments) -> None:
     """Measure with exact and with MuSe attention, then write and print everything."""
-    folder = Path(arguments.output_dir) if arguments.output_dir else free_folder(Path("runs/long_context"))
+    folder = Path(arguments.output_dir) if arguments.output_dir else next_free(Path("runs/long_context"))
     corpus = load_texts(texts)
     longest, samples = arguments.lengths[-1], arguments.samples
     model, tokenizer = load_model(pretrained, corpus, longest)

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from corpus import UsageError
-from pretrain_arguments import option
+from command_line import UsageError, option
 from transformers import PreTrainedTokenizerBase
 
 TEST_EVERY = 5  # of a local file, one row in so many is for testing

@@ -35,17 +35,17 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, set_seed, tqdm
-from corpus import UsageError
+from command_line import UsageError, next_free, option
 from finetune_data import Example, TaskArguments, task_examples, text_examples
 from peft import LoraConfig, get_peft_model
 from plugin import muse_hf
-from pretrain_arguments import HelpFormatter, TextArguments, option
+from pretrain_arguments import TextArguments
 from pretrained import PretrainedArguments, load_model, muse_policy, text_rows
-from records import free_folder, write_json
+from records import write_json
 from report import NAMES
 from texts import load_texts
 from torch.utils.data import DataLoader
-from transformers import HfArgumentParser, PreTrainedModel, get_cosine_schedule_with_warmup
+from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from muse_hf.models import transformers_model
 
@@ -90,14 +90,10 @@ def parse_arguments(
     argv: list[str] | None,
 ) -> tuple[FinetuneArguments, PretrainedArguments, TextArguments, TaskArguments]:
     """The arguments, if they make sense."""
-    parser = HfArgumentParser(
-        (PretrainedArguments, TextArguments, TaskArguments, FinetuneArguments),
-        description=__doc__,
-        usage="python examples/finetune_lora.py [options]",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
+    parser = make_parser(
+        (PretrainedArguments, TextArguments, TaskArguments, FinetuneArguments), "finetune_lora.py", __doc__
     )
-    pretrained, texts, task, arguments = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    pretrained, texts, task, arguments = parse(parser, argv)
     sources = (texts.text, texts.dataset_name, task.task_file, task.task_dataset)
     if sum(source is not None for source in sources) > 1:
         raise UsageError("give one of --text, --dataset_name, --task_file and --task_dataset.")
@@ -123,7 +119,7 @@ def finetune(
         cpu=pretrained.device == "cpu",
     )
     pretrained = dataclasses.replace(pretrained, device=str(accelerator.device))
-    folder = Path(arguments.output_dir) if arguments.output_dir else free_folder(Path("runs/finetune"))
+    folder = Path(arguments.output_dir) if arguments.output_dir else next_free(Path("runs/finetune"))
     corpus = load_texts(texts)
     model, tokenizer = load_model(pretrained, corpus, arguments.length)
     needed = arguments.steps * arguments.gradient_accumulation_steps * accelerator.num_processes

@@ -1,11 +1,10 @@
 """From arguments to a model, to its MuSe setting, and to what its optimizer decays."""
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from corpus import UsageError
+from command_line import UsageError
 from pretrain_arguments import SHAPES, ModelArguments, MuseArguments
 from torch import nn
 from transformers import (
@@ -126,13 +125,7 @@ def muse_settings(arguments: MuseArguments) -> Any:
     """The `muse_hf.MuseConfig` that the arguments ask for."""
     import muse_hf
 
-    given = {name: value for name, value in dataclasses.asdict(arguments).items() if value is not None}
-    del given["layers"], given["paper"]
-    try:
-        base = muse_hf.MuseConfig.paper() if arguments.paper else muse_hf.MuseConfig(**SMALL_MUSE)
-        return base.replace(**given)
-    except ValueError as error:
-        raise UsageError(f"{error}.") from error
+    return arguments.apply(muse_hf.MuseConfig(**SMALL_MUSE))
 
 
 def muse_layers(text: str) -> str | list[int]:

@@ -37,9 +37,9 @@ import torch
 import transformers
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed, tqdm
+from command_line import UsageError, next_free
 from corpus import (
     Corpus,
-    UsageError,
     file_corpus,
     held_out_windows,
     named_corpus,
@@ -50,7 +50,7 @@ from corpus import (
 )
 from models import build_model, check_model, model_config, muse_settings, parameter_groups, use_muse
 from pretrain_arguments import Arguments, DataArguments, RunArguments, parse_arguments
-from records import DivergedError, Progress, Recorder, free_folder, read_json, write_json
+from records import DivergedError, Progress, Recorder, read_json, write_json
 from report import plot_losses, summarize, summary_text
 from torch.utils.data import DataLoader
 from transformers import (
@@ -136,7 +136,7 @@ def run_folder(run: RunArguments) -> Path:
 def new_folder(output_dir: str | None) -> Path:
     """A path where nothing exists yet, or nothing that may be seen, which `run_folder` finds out."""
     if output_dir is None:
-        return free_folder(DEFAULT_FOLDER)
+        return next_free(DEFAULT_FOLDER)
     if os.path.exists(Path(output_dir)):  # as a path, because "" is the current folder too
         raise UsageError(
             f"{output_dir!r} exists already and is not overwritten; choose another --output_dir, or continue "

@@ -1,16 +1,13 @@
 """The arguments of pretrain.py: what they mean, their defaults (the default job), and which are refused."""
 
-import argparse
 import dataclasses
-import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from corpus import UsageError
+from command_line import MuseOptions, UsageError, check_numbers, make_parser, option, parse
 from records import read_json
-from transformers import HfArgumentParser
 
 # Arguments that a resumed run may change, because the losses do not depend on them.
 FREE_ON_RESUME = {"output_dir", "resume", "log_every", "checkpoint_every", "keep_checkpoints"}
@@ -37,10 +34,6 @@ SHAPES = {
     "gpt2-30m": Shape("gpt2", layers=7, width=512, heads=8, kv_heads=8),
     "gpt2": Shape("gpt2", layers=12, width=768, heads=12, kv_heads=12),
 }
-
-
-def option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -116,46 +109,14 @@ class DataArguments(TextArguments):
 
 
 @dataclass
-class MuseArguments:
-    _argument_group_name = "MuSe attention (all defaults suit the small default job)"
+class MuseArguments(MuseOptions):
+    _argument_group_name = (
+        "MuSe attention (left out: what suits the small default job, which is plain summaries, the dyadic "
+        "hierarchy, local blocks of 256 tokens, clusters of 16 keys and 16 retrieved clusters)"
+    )
 
     layers: str = option(
         "all", "Layers that use MuSe: all, central, or numbers such as 2,3 or -1 (write --layers=-2,-1)."
-    )
-    paper: bool = option(
-        False,
-        "Start from the paper's setting (64 tilted clusters, dipole, blocks of 8192, no retrieval) instead; "
-        "the options below still change it.",
-    )
-    local_block: int | None = option(
-        None, "Tokens attended exactly around each token, and in the smallest far block (default: 256)."
-    )
-    hierarchy: Literal["flat", "dyadic"] | None = option(
-        None, "Far blocks of equal length, or doubling in length with distance (default: dyadic)."
-    )
-    cluster_size: int | None = option(None, "Mean number of keys in a cluster (default: 16).")
-    num_clusters: int | None = option(
-        None, "Clusters of a far block, whatever its length, instead of a size."
-    )
-    num_retrieved: int | None = option(
-        None,
-        "Clusters that every query attends to exactly; more is slower and closer to exact (default: 16).",
-    )
-    summaries: Literal["plain", "tilted"] | None = option(
-        None, "Clusters summed up by their means, or weighted for groups of similar queries (default: plain)."
-    )
-    multipole: Literal["monopole", "dipole"] | None = option(
-        None,
-        "Values of a cluster constant, or linear in the query, for tilted summaries (default: monopole).",
-    )
-    query_centroids: Literal["past", "own"] | None = option(
-        None,
-        "Tilted summaries use query groups of the earlier block, or of the attending block as in the paper, "
-        "which is not strictly causal (default: past).",
-    )
-    kmeans_iters: int | None = option(None, "Times that k-means updates its centroids (default: 1).")
-    cluster_cap: float | None = option(
-        None, "Largest cluster, as a multiple of the mean size (default: 1.5)."
     )
 
 
@@ -224,36 +185,20 @@ class Arguments:
         return {name: value for group in groups for name, value in dataclasses.asdict(group).items()}
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the description, and shows defaults, except "(default: None)"."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
 def parse_arguments(argv: list[str] | None, description: str) -> Arguments:
     """The arguments, completed from the saved ones when a run is resumed."""
-    parser = HfArgumentParser(
-        (ModelArguments, DataArguments, MuseArguments, RunArguments),
-        description=description,
-        usage="python examples/pretrain.py [options]",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
+    parser = make_parser(
+        (ModelArguments, DataArguments, MuseArguments, RunArguments), "pretrain.py", description
     )
 
-    def parse() -> Arguments:
-        *groups, unknown = parser.parse_args_into_dataclasses(
-            argv, return_remaining_strings=True, look_for_args_file=False
-        )
-        if unknown:
-            raise UsageError(f"there is no argument {unknown[0]!r} (see --help).")
-        return with_resolved_paths(Arguments(*groups))
+    def parsed() -> Arguments:
+        return with_resolved_paths(Arguments(*parse(parser, argv)))
 
-    arguments = parse()
+    arguments = parsed()
     if arguments.run.resume:
         saved = saved_arguments(arguments.run.output_dir)
         parser.set_defaults(**{name: saved[name] for name in saved.keys() - {"output_dir", "resume"}})
-        arguments = parse()
+        arguments = parsed()
         values = arguments.values()
         if changed := sorted({name for name in values if values[name] != saved.get(name)} - FREE_ON_RESUME):
             path = Path(arguments.run.output_dir, "config.json")
@@ -306,13 +251,7 @@ def saved_arguments(output_dir: str | None) -> dict[str, Any]:
 def check(arguments: Arguments) -> None:
     """Refuse numbers that make no sense and arguments that exclude each other."""
     values = arguments.values()
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            continue
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UsageError(f"--{name} {value} is not a finite number.")
-        if value < 0 or (value == 0 and name not in MAY_BE_ZERO):
-            raise UsageError(f"--{name} {value} is too small.")
+    check_numbers(values, MAY_BE_ZERO)
     for one, other in (("text", "dataset_name"), ("compare", "attention")):
         if values[one] and values[other]:
             raise UsageError(f"give --{one} or --{other}, not both.")

@@ -7,10 +7,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-from corpus import Corpus, UsageError, pack, tokenize
+from command_line import UsageError, option
+from corpus import Corpus, pack, tokenize
 from models import muse_layers
 from plugin import muse_hf
-from pretrain_arguments import option
 from small_model import make_small_model
 from transformers import (
     AutoConfig,

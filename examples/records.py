@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -118,15 +117,6 @@ class Recorder:
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.trackers.clear()  # else the next training would be logged under this one too
-
-
-def free_folder(default: Path) -> Path:
-    """The first of default, default-2, default-3, ... where nothing exists yet."""
-    number, folder = 1, default
-    while os.path.exists(folder):
-        number += 1
-        folder = default.with_name(f"{default.name}-{number}")
-    return folder
 
 
 def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -8,7 +8,8 @@ code among the previous ones and copies the token there to the output. Training 
 
 import torch
 from accelerate.utils import set_seed, tqdm
-from corpus import Corpus, UsageError, tokenize, train_tokenizer
+from command_line import UsageError
+from corpus import Corpus, tokenize, train_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY, WIDTH, HEAD = 320, 128, 64

@@ -1,0 +1,115 @@
+"""What the command lines of the examples share: errors in a sentence, options with help, MuSe's options."""
+
+import argparse
+import dataclasses
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import HfArgumentParser
+
+
+class UsageError(Exception):
+    """The arguments or the data do not allow the run; the message is one sentence for the user."""
+
+
+def option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class MuseOptions:
+    """Fields of a `muse_hf.MuseConfig`. One that is left out keeps its value in the script's own setting."""
+
+    paper: bool = option(
+        False,
+        "Start from the paper's setting (64 tilted clusters, dipole, blocks of 8192, no retrieval) instead; "
+        "the options below still change it.",
+    )
+    local_block: int | None = option(
+        None, "Tokens attended exactly around each token, and in the smallest far block."
+    )
+    hierarchy: Literal["flat", "dyadic"] | None = option(
+        None, "Far blocks of equal length, or doubling in length with distance."
+    )
+    cluster_size: int | None = option(None, "Mean number of keys in a cluster.")
+    num_clusters: int | None = option(
+        None, "Clusters of a far block, whatever its length, instead of a size."
+    )
+    num_retrieved: int | None = option(
+        None, "Clusters that every query attends to exactly; more is slower and closer to exact."
+    )
+    summaries: Literal["plain", "tilted"] | None = option(
+        None, "Clusters summed up by their means, or weighted for groups of similar queries."
+    )
+    multipole: Literal["monopole", "dipole"] | None = option(
+        None, "Values of a cluster constant, or linear in the query, for tilted summaries."
+    )
+    query_centroids: Literal["past", "own"] | None = option(
+        None,
+        "Tilted summaries use query groups of the earlier block, or of the attending block as in the paper, "
+        "which is not strictly causal.",
+    )
+    kmeans_iters: int | None = option(None, "Times that k-means updates its centroids.")
+    cluster_cap: float | None = option(None, "Largest cluster, as a multiple of the mean size.")
+
+    def apply(self, setting: Any) -> Any:
+        """The `muse_hf.MuseConfig` asked for, starting from `setting`, or with --paper from the paper's."""
+        names = {field.name for field in dataclasses.fields(MuseOptions)} - {"paper"}
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        try:
+            return (type(setting).paper() if self.paper else setting).replace(**given)
+        except ValueError as error:
+            raise UsageError(f"{error}.") from error
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the description, and shows defaults, except "(default: None)"."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def make_parser(groups: Sequence[type], script: str, description: str) -> HfArgumentParser:
+    """A parser of the options in some dataclasses."""
+    return HfArgumentParser(
+        groups,
+        description=description,
+        usage=f"python examples/{script} [options]",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def parse(parser: HfArgumentParser, argv: list[str] | None) -> list[Any]:
+    """One instance of each of the parser's dataclasses."""
+    *groups, unknown = parser.parse_args_into_dataclasses(
+        argv, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise UsageError(f"there is no argument {unknown[0]!r} (see --help).")
+    return groups
+
+
+def check_numbers(values: Mapping[str, Any], may_be_zero: set[str]) -> None:
+    """Refuse numbers that make no sense, alone or in a list."""
+    for name, given in values.items():
+        for value in given if isinstance(given, list) else [given]:
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                continue
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"--{name} {value} is not a finite number.")
+            if value < 0 or (value == 0 and name not in may_be_zero):
+                raise UsageError(f"--{name} {value} is too small.")
+
+
+def next_free(path: Path) -> Path:
+    """The path, or the first of path-2, path-3, ... where nothing exists."""
+    number, free = 1, path
+    while os.path.exists(free):
+        number += 1
+        free = path.with_stem(f"{path.stem}-{number}")
+    return free

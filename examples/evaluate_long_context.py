@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import tqdm
-from command_line import UsageError, next_free, option
+from command_line import UsageError, make_parser, next_free, option, parse
 from long_context_report import (
     plot_lengths,
     plot_losses,

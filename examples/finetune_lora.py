@@ -35,7 +35,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, set_seed, tqdm
-from command_line import UsageError, next_free, option
+from command_line import UsageError, make_parser, next_free, option, parse
 from finetune_data import Example, TaskArguments, task_examples, text_examples
 from peft import LoraConfig, get_peft_model
 from plugin import muse_hf

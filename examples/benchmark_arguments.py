@@ -22,7 +22,7 @@ class ShapeArguments:
 
     preset: str | None = option(
         None,
-        "table (what the project wants to reach), lengths (1k to 256k tokens), budgets (4 to 64 retrieved "
+        "table (what the project wants to reach), lengths (1k to 256k tokens), budgets (4 to 48 retrieved "
         "clusters at 64k tokens) or small (for a CPU). Without any option of this group: table on a GPU, "
         "small on a CPU.",
     )

@@ -52,7 +52,7 @@ _PAPER = MuseConfig.paper(local_block=1024)
 _PAPER_LONG = MuseConfig.paper(local_block=4096)
 _ONE_LAYER = Shape(1, 16, 16, 65536, 64)
 _LONGEST = Shape(1, 8, 8, 262144, 64)
-_SMALL, _SMALL_DEFAULT = Shape(1, 2, 2, 8192, 64), MuseConfig(local_block=256, num_retrieved=16)
+_SMALL, _SMALL_DEFAULT = Shape(1, 2, 2, 8192, 64), MuseConfig(local_block=256)
 
 PRESETS = {
     # The shapes for which the project states what it wants to reach.
@@ -71,13 +71,13 @@ PRESETS = {
     ],
     "lengths": _cases(_LONGEST, [1024 << doubling for doubling in range(9)], _DEFAULT, _PAPER),
     "budgets": _cases(
-        _ONE_LAYER, [65536], *(_DEFAULT.replace(num_retrieved=count) for count in (4, 8, 16, 32, 64))
+        _ONE_LAYER, [65536], *(_DEFAULT.replace(num_retrieved=count) for count in (4, 8, 12, 24, 48))
     ),
     # For the reference on a CPU.
     "small": [
         *_cases(_SMALL, [2048, 4096, 8192], _SMALL_DEFAULT),
         *_cases(_SMALL, [2048, 4096], _PAPER.replace(local_block=512)),
-        *_cases(_SMALL, [4096], *(_SMALL_DEFAULT.replace(num_retrieved=count) for count in (4, 32))),
+        *_cases(_SMALL, [4096], *(_SMALL_DEFAULT.replace(num_retrieved=count) for count in (4, 24))),
     ],
 }
 

@@ -24,10 +24,10 @@ def option(default: Any, help: str) -> Any:
 class MuseOptions:
     """Fields of a `muse_hf.MuseConfig`. One that is left out keeps its value in the script's own setting."""
 
-    paper: bool = option(
-        False,
-        "Start from the paper's setting (64 tilted clusters, dipole, blocks of 8192, no retrieval) instead; "
-        "the options below still change it.",
+    setting: Literal["default", "paper"] | None = option(
+        None,
+        "Start from the default of muse_hf.MuseConfig, or from the paper's setting (64 tilted clusters, dipole, "
+        "blocks of 8192, no retrieval), instead; the options below still change it.",
     )
     local_block: int | None = option(
         None, "Tokens attended exactly around each token, and in the smallest far block."
@@ -57,11 +57,12 @@ class MuseOptions:
     cluster_cap: float | None = option(None, "Largest cluster, as a multiple of the mean size.")
 
     def apply(self, setting: Any) -> Any:
-        """The `muse_hf.MuseConfig` asked for, starting from `setting`, or with --paper from the paper's."""
-        names = {field.name for field in dataclasses.fields(MuseOptions)} - {"paper"}
+        """The `muse_hf.MuseConfig` asked for, starting from `setting` unless --setting names another one."""
+        names = {field.name for field in dataclasses.fields(MuseOptions)} - {"setting"}
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         try:
-            return (type(setting).paper() if self.paper else setting).replace(**given)
+            named = {None: setting, "default": type(setting)(), "paper": type(setting).paper()}
+            return named[self.setting].replace(**given)
         except ValueError as error:
             raise UsageError(f"{error}.") from error
 

@@ -15,8 +15,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-# MuSe for the 2048 tokens of the default job: far blocks of 256, 512 and 1024 tokens.
-SMALL_MUSE = {"local_block": 256, "hierarchy": "dyadic", "cluster_size": 16, "num_retrieved": 16}
+# MuSe for the 2048 tokens of the default job: far blocks of 256, 512 and 1024 tokens, on a GPU too.
+SMALL_MUSE = {
+    "local_block": 256,
+    "hierarchy": "dyadic",
+    "cluster_size": 16,
+    "num_retrieved": 16,
+    "min_length": 0,
+}
 DROPOUTS = (
     "attention_dropout",
     "attention_probs_dropout_prob",

@@ -15,6 +15,10 @@ PG-19 (books), streamed from the Hub, one GPU, 16k context, MuSe in the central 
         --layers central --local_block 1024 --hierarchy flat --cluster_size 32 --num_retrieved 32 \\
         --mixed_precision bf16 --compare --output_dir runs/pg19
 
+The paper's model and setting at 16k; arguments that are given replace those of the preset:
+
+    python examples/pretrain.py --preset gpt-30m-16k --text my_folder --output_dir runs/gpt-30m-16k
+
 Several processes: accelerate launch --num_processes 8 examples/pretrain.py ...
 After an interruption: python examples/pretrain.py --resume --output_dir runs/pg19
 """

@@ -26,9 +26,12 @@ class Shape:
     mlp: int | None = None
 
 
+PRESETS = {path.stem: path for path in Path(__file__).with_name("presets").glob("*.json")}
+PRESETS = dict(sorted(PRESETS.items()))
 SHAPES = {
     "llama-tiny": Shape("llama", layers=3, width=128, heads=2, kv_heads=2, mlp=384),
     "llama-27m": Shape("llama", layers=7, width=512, heads=8, kv_heads=8, mlp=1408),
+    "llama-150m": Shape("llama", layers=12, width=1024, heads=16, kv_heads=8, mlp=2816),
     "llama-1b": Shape("llama", layers=16, width=2048, heads=32, kv_heads=8, mlp=8192),
     "gpt2-tiny": Shape("gpt2", layers=3, width=128, heads=2, kv_heads=2),
     "gpt2-30m": Shape("gpt2", layers=7, width=512, heads=8, kv_heads=8),
@@ -124,6 +127,11 @@ class MuseArguments(MuseOptions):
 class RunArguments:
     _argument_group_name = "Run"
 
+    preset: str | None = option(
+        None,
+        f"Start from the arguments in examples/presets/, one of: {', '.join(PRESETS)}. Arguments that are "
+        "given replace those of the preset.",
+    )
     compare: bool = option(
         False,
         "Train with exact and then with MuSe attention, from the same start on the same batches, and draw "
@@ -195,6 +203,9 @@ def parse_arguments(argv: list[str] | None, description: str) -> Arguments:
         return with_resolved_paths(Arguments(*parse(parser, argv)))
 
     arguments = parsed()
+    if arguments.run.preset is not None:
+        parser.set_defaults(**preset_arguments(arguments.run.preset))
+        arguments = parsed()
     if arguments.run.resume:
         saved = saved_arguments(arguments.run.output_dir)
         parser.set_defaults(**{name: saved[name] for name in saved.keys() - {"output_dir", "resume"}})
@@ -209,6 +220,13 @@ def parse_arguments(argv: list[str] | None, description: str) -> Arguments:
             )
     check(arguments)
     return arguments
+
+
+def preset_arguments(name: str) -> dict[str, Any]:
+    """The arguments of a preset by name."""
+    if name not in PRESETS:
+        raise UsageError(f"there is no preset {name!r}: the presets are {', '.join(PRESETS)}.")
+    return read_json(PRESETS[name])
 
 
 def with_resolved_paths(arguments: Arguments) -> Arguments:

@@ -23,12 +23,10 @@ Several processes: accelerate launch --num_processes 8 examples/pretrain.py ...
 After an interruption: python examples/pretrain.py --resume --output_dir runs/pg19
 """
 
-import dataclasses
 import hashlib
 import logging
 import os
 import shlex
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -41,6 +39,7 @@ import torch
 import transformers
 from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed, tqdm
+from checkpoints import resume_or_start, save_checkpoint, writing
 from command_line import UsageError, next_free
 from corpus import (
     Corpus,
@@ -92,13 +91,20 @@ def main(argv: list[str] | None = None) -> int:
     except (UsageError, DivergedError) as error:
         print(f"\npretrain.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except OSError as error:
+        print(f"\npretrain.py: error: {error}; {way_on(folder)}.", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        way_on = "there is nothing to resume yet"
-        if folder and (folder / "config.json").exists():
-            way_on = f"go on with --resume --output_dir {shlex.quote(str(folder))}"
-        print(f"\npretrain.py: interrupted; {way_on}.", file=sys.stderr)
+        print(f"\npretrain.py: interrupted; {way_on(folder)}.", file=sys.stderr)
         return 130
     return 0
+
+
+def way_on(folder: Path | None) -> str:
+    """How to go on with a run that has ended early."""
+    if folder and (folder / "config.json").exists():
+        return f"go on with --resume --output_dir {shlex.quote(str(folder))}"
+    return "there is nothing to resume yet"
 
 
 def pretrain(arguments: Arguments, folder: Path) -> None:
@@ -349,41 +355,13 @@ def held_out_loss(accelerator: Accelerator, model: torch.nn.Module, loader: Data
     return torch.cat(losses).mean().item()
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, keep: int) -> None:
-    """Write checkpoint-<step>, which under that name is always complete, and remove the oldest."""
-    partial = folder / "checkpoint.partial"
-    accelerator.save_state(str(partial))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_json(partial / "progress.json", dataclasses.asdict(progress))
-        partial.rename(folder / f"checkpoint-{progress.step}")
-        for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in a folder, oldest first."""
-    return sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-
-
-def resume_or_start(accelerator: Accelerator, folder: Path) -> Progress:
-    """Load the newest checkpoint of a folder, if there is one."""
-    found = checkpoints(folder)
-    if not found:
-        return Progress()
-    accelerator.load_state(str(found[-1]))
-    progress = Progress(**read_json(found[-1] / "progress.json"))
-    accelerator.print(f"Continuing after step {progress.step} from {found[-1]}.")
-    return progress
-
-
 def save_result(
     job: Job, model: PreTrainedModel, folder: Path, progress: Progress, held_out_loss: float
 ) -> None:
     """Save the model with its tokenizer and, last, what was measured: the mark of a finished training."""
-    model.save_pretrained(folder / "model")
-    job.tokenizer.save_pretrained(folder / "model")
+    with writing("the model"):
+        model.save_pretrained(folder / "model")
+        job.tokenizer.save_pretrained(folder / "model")
     tokens = progress.step * job.tokens_per_step
     result = {
         "held_out_loss": held_out_loss,

@@ -69,7 +69,7 @@ class Recorder:
         """Write the steps noted since the last call.
 
         Raises:
-            DivergedError: A loss is not finite.
+            DivergedError: A loss is not finite, or a gradient that has changed the weights.
         """
         losses, norms, rates = zip(*self.pending)
         losses = self.accelerator.reduce(torch.stack(losses), "mean").tolist()
@@ -93,15 +93,23 @@ class Recorder:
             append_rows(self.losses_path, rows)
         for row in rows:
             self.accelerator.log({f"train/{name}": row[name] for name in list(row)[2:]}, step=row["step"])
-            if not math.isfinite(row["loss"]):
-                raise DivergedError(
-                    f"the loss of step {row['step']} is {row['loss']}; try a lower --learning_rate, more "
-                    "--warmup_steps, a smaller --max_grad_norm, or another --mixed_precision than fp16."
-                )
+            self._check(row)
         self.bar.update(len(losses))
         self.bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed:,.0f} tokens/s")
         self.pending.clear()
         self.restart_clock()
+
+    def _check(self, row: Mapping[str, float]) -> None:
+        # With a gradient scaler (fp16) some gradients overflow, and their steps are skipped.
+        names = ["loss"] if self.accelerator.scaler else ["loss", "gradient_norm"]
+        for name in names:
+            if not math.isfinite(row[name]):
+                what = name.replace("_", " ")
+                raise DivergedError(
+                    f"the {what} of step {row['step']} is {row[name]}, and would be again if the run were "
+                    "resumed. Start a new one and try a lower --learning_rate, more "
+                    "--warmup_steps, a smaller --max_grad_norm, or another --mixed_precision than fp16."
+                )
 
     def write_held_out(self, loss: float) -> None:
         """Write a held-out loss."""
@@ -141,9 +149,12 @@ def drop_rows_after(path: Path, step: int) -> None:
     """Remove the rows of later steps, which a resumed training is going to write again."""
     if not path.exists():
         return
-    header, *lines = path.read_text().splitlines(keepends=True)
-    # A killed process can leave a last line without its end.
+    # A killed process or a full disk can leave a last line without its end, even the header.
+    header, *lines = path.read_text().splitlines(keepends=True) or [""]
     kept = [line for line in lines if line.endswith("\n") and int(line.split(",")[0]) <= step]
+    if not kept:
+        path.unlink()
+        return
     partial = path.with_suffix(".partial")
     partial.write_text("".join([header, *kept]))
     partial.replace(path)

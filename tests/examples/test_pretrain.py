@@ -1,10 +1,8 @@
 """The pretraining example: packing, resuming, refusing, and everything that a run must leave behind."""
 
-import csv
 import itertools
 import json
 import os
-import random
 import shlex
 import signal
 import subprocess
@@ -16,14 +14,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
+from tests.examples.running import EXAMPLES, TINY, TINY_MUSE, losses, pretrain, rows, run
 
-import pretrain  # noqa: E402
-from corpus import (  # noqa: E402
+# isort: split
+from corpus import (
     file_corpus,
     held_out_windows,
     pack,
@@ -34,8 +30,8 @@ from corpus import (  # noqa: E402
     train_tokenizer,
     training_windows,
 )
-from models import build_model, model_config, parameter_groups  # noqa: E402
-from pretrain_arguments import (  # noqa: E402
+from models import build_model, model_config, parameter_groups
+from pretrain_arguments import (
     Arguments,
     DataArguments,
     ModelArguments,
@@ -43,25 +39,7 @@ from pretrain_arguments import (  # noqa: E402
     RunArguments,
     with_resolved_paths,
 )
-from report import summarize, summary_text  # noqa: E402
-
-TINY = shlex.split(
-    "--num_layers 2 --hidden_size 32 --num_heads 2 --vocab_size 320 --tokenizer_characters 20000 "
-    "--context_length 64 --held_out_every 5 --held_out_windows 4 --batch_size 2 --learning_rate 1e-2 "
-    "--warmup_steps 2 --log_every 4 --sample_tokens 8"
-)
-TINY_MUSE = shlex.split("--local_block 16 --cluster_size 4 --num_retrieved 2")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """A folder of 40 small documents of words, the same every time."""
-    path = tmp_path_factory.mktemp("text")
-    generator = random.Random(0)
-    words = ["".join(generator.choices("abcdefgh", k=generator.randint(2, 6))) for _ in range(60)]
-    for index in range(40):
-        path.joinpath(f"{index:02}.txt").write_text(" ".join(generator.choices(words, k=300)))
-    return path
+from report import summarize, summary_text
 
 
 @pytest.fixture(scope="module")
@@ -72,23 +50,6 @@ def tokenizer(folder):
 @pytest.fixture
 def corpus(folder):
     return file_corpus(text_files([str(folder)], "*"), held_out_every=5)
-
-
-def run(*arguments) -> int:
-    """Run the script in this process, as if it were the first time; its exit code."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    return pretrain.main([str(argument) for argument in arguments])
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def losses(output: Path, attention: str = "exact") -> list[tuple[str, str]]:
-    """(step, loss) as they are written, so that equality means equality to the last bit."""
-    return [(row["step"], row["loss"]) for row in rows(output / attention / "losses.csv")]
 
 
 def test_packing_keeps_every_token_once_and_ends_every_document():

@@ -57,9 +57,9 @@ from records import DivergedError, Progress, Recorder, read_json, write_json
 from report import plot_losses, summarize, summary_text
 from torch.utils.data import DataLoader
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     get_cosine_schedule_with_warmup,
 )
@@ -318,8 +318,7 @@ def train(job: Job, accelerator: Accelerator, attention: str) -> None:
         if last:
             break
     recorder.close()
-    if accelerator.is_main_process:
-        save_result(job, accelerator.unwrap_model(model), folder, progress, recorder.held_out_loss)
+    save_result(job, accelerator, model, folder, progress, recorder.held_out_loss)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
 
@@ -356,11 +355,19 @@ def held_out_loss(accelerator: Accelerator, model: torch.nn.Module, loader: Data
 
 
 def save_result(
-    job: Job, model: PreTrainedModel, folder: Path, progress: Progress, held_out_loss: float
+    job: Job,
+    accelerator: Accelerator,
+    model: torch.nn.Module,
+    folder: Path,
+    progress: Progress,
+    held_out_loss: float,
 ) -> None:
     """Save the model with its tokenizer and, last, what was measured: the mark of a finished training."""
+    weights = accelerator.get_state_dict(model)  # all processes together, each of which may hold a part
+    if not accelerator.is_main_process:
+        return
     with writing("the model"):
-        model.save_pretrained(folder / "model")
+        accelerator.unwrap_model(model).save_pretrained(folder / "model", state_dict=weights)
         job.tokenizer.save_pretrained(folder / "model")
     tokens = progress.step * job.tokens_per_step
     result = {
@@ -372,18 +379,18 @@ def save_result(
         "seconds_per_step": progress.seconds / progress.step,
         "tokens_per_second": tokens / progress.seconds,
         "model": f"{folder.name}/model",  # in the folder of the run, which may move
-        "sample": sample_text(job, model),
+        "sample": sample_text(job, folder / "model", accelerator.device),
     }
     write_json(folder / "result.json", result)
 
 
 @torch.no_grad()
-def sample_text(job: Job, model: PreTrainedModel) -> str:
-    """Text that the model continues from the prompt within one window, drawn with the run's seed."""
+def sample_text(job: Job, saved: Path, device: torch.device) -> str:
+    """Text that the saved model continues from the prompt within one window, drawn with the run's seed."""
     run = job.arguments.run
     set_seed(run.seed)
+    model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32).to(device)
     prompt = torch.tensor([prompt_tokens(job.tokenizer, run.prompt)], device=model.device)
-    model.eval()
     tokens = model.generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),

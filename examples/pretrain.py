@@ -55,6 +55,7 @@ from models import build_model, check_model, model_config, muse_settings, parame
 from pretrain_arguments import Arguments, DataArguments, RunArguments, parse_arguments
 from records import DivergedError, Progress, Recorder, read_json, write_json
 from report import plot_losses, summarize, summary_text
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
@@ -294,6 +295,8 @@ def train(job: Job, accelerator: Accelerator, attention: str) -> None:
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 norm = accelerator.clip_grad_norm_(model.parameters(), run.max_grad_norm)
+                if isinstance(norm, DTensor):  # FSDP2: the norm of this process's part
+                    norm = norm.full_tensor()
             optimizer.step()
             optimizer.zero_grad()
         if not accelerator.sync_gradients:

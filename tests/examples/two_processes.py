@@ -3,20 +3,21 @@
 accelerate launch --config_file CONFIG tests/examples/two_processes.py FOLDER ARGUMENTS
 """
 
+import os
 import sys
 from pathlib import Path
 from unittest import mock
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.examples.running import pretrain, run
 
 
-@mock.patch.object(Accelerator, "end_training")  # which takes down the connection that the next run needs
-def main(_) -> None:
+def main() -> None:
     torch.set_num_threads(1)
     folder, arguments = Path(sys.argv[1]), sys.argv[2:]
     assert run("--output_dir", folder / "whole", *arguments) == 0
@@ -25,5 +26,16 @@ def main(_) -> None:
     assert run("--output_dir", folder / "broken", "--resume") == 0
 
 
+def use_fsdp_on_cpus() -> None:
+    """Accelerate leaves FSDP out on CPUs, where PyTorch has it: let it take them for accelerators."""
+    torch.distributed.init_process_group("gloo")
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+    PartialState.set_device = lambda state: setattr(state, "device", torch.device("cpu"))
+
+
 if __name__ == "__main__":
-    main()
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        use_fsdp_on_cpus()
+    # The end of a run takes down the connection that the next run needs.
+    with mock.patch.object(Accelerator, "end_training"):
+        main()

@@ -51,6 +51,7 @@ from corpus import (
     train_tokenizer,
     training_windows,
 )
+from losses import check_chunked_loss, use_chunked_loss
 from models import build_model, check_model, model_config, muse_settings, parameter_groups, use_muse
 from pretrain_arguments import Arguments, DataArguments, RunArguments, parse_arguments
 from records import DivergedError, Progress, Recorder, read_json, write_json
@@ -188,6 +189,8 @@ def prepare(arguments: Arguments, accelerator: Accelerator, folder: Path) -> Job
     config = model_config(model, tokenizer, data.context_length)
     muse_config = muse_settings(arguments.muse) if "muse" in run.attentions else None
     check_model(config, arguments.muse.layers, muse_config)
+    if run.loss_chunk is not None:
+        check_chunked_loss(config)
     if muse_config and data.context_length <= muse_config.local_block:
         accelerator.print(
             f"Note: a window of {data.context_length} tokens is not longer than local_block "
@@ -275,6 +278,8 @@ def train(job: Job, accelerator: Accelerator, attention: str) -> None:
     model = build_model(job.arguments.model.checkpoint, job.config)
     if attention == "muse":
         use_muse(model, job.arguments.muse.layers, job.muse_config)
+    if run.loss_chunk is not None:
+        use_chunked_loss(model, run.loss_chunk)
     if run.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     optimizer = torch.optim.AdamW(

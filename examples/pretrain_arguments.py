@@ -165,6 +165,11 @@ class RunArguments:
         False,
         "Compute activations again in the backward pass instead of keeping them: less memory, more time.",
     )
+    loss_chunk: int | None = option(
+        None,
+        "Tokens whose logits are computed at a time, and again in the backward pass, so that the logits of a "
+        "long window need not fit in memory. Left out: all at once.",
+    )
     seed: int = option(0, "Seed of the weights, of the order of the windows, and of the generated text.")
     eval_every: int = option(20, "Steps between two measurements of the held-out loss.")
     log_every: int = option(5, "Steps between two updates of the progress bar and of losses.csv.")

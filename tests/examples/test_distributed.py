@@ -10,7 +10,7 @@ import pytest
 from tests.examples.running import EXAMPLES, TINY, losses, rows, run
 
 CONFIGS = EXAMPLES / "accelerate"
-STEPS = ["--attention", "exact", "--steps", "14", "--checkpoint_every", "5"]
+STEPS = ["--attention", "exact", "--steps", "14", "--checkpoint_every", "5", "--loss_chunk", "50"]
 
 
 @pytest.fixture(scope="module")

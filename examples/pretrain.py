@@ -282,8 +282,13 @@ def train(job: Job, accelerator: Accelerator, attention: str) -> None:
         use_chunked_loss(model, run.loss_chunk)
     if run.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if run.compile:
+        model.compile()  # in place: the names of the weights stay
     optimizer = torch.optim.AdamW(
-        parameter_groups(model, run.weight_decay), lr=run.learning_rate, betas=(0.9, 0.95)
+        parameter_groups(model, run.weight_decay),
+        lr=run.learning_rate,
+        betas=(0.9, 0.95),
+        fused=accelerator.device.type == "cuda",  # one kernel for all weights
     )
     scheduler = get_cosine_schedule_with_warmup(optimizer, run.warmup_steps, run.steps)
     held_out = DataLoader(job.held_out, batch_size=1)

@@ -165,6 +165,11 @@ class RunArguments:
         False,
         "Compute activations again in the backward pass instead of keeping them: less memory, more time.",
     )
+    compile: bool = option(
+        False,
+        "Compile the model with torch.compile, apart from MuSe attention. The first steps take longer; "
+        "losses differ by rounding.",
+    )
     loss_chunk: int | None = option(
         None,
         "Tokens whose logits are computed at a time, and again in the backward pass, so that the logits of a "

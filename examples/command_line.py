@@ -26,8 +26,8 @@ class MuseOptions:
 
     setting: Literal["default", "paper"] | None = option(
         None,
-        "Start from the default of muse_hf.MuseConfig, or from the paper's setting (64 tilted clusters, dipole, "
-        "blocks of 8192, no retrieval), instead; the options below still change it.",
+        "Start from the default of muse_hf.MuseConfig, or from the paper's setting (64 tilted clusters, "
+        "dipole, blocks of 8192, no retrieval), instead; the options below still change it.",
     )
     local_block: int | None = option(
         None, "Tokens attended exactly around each token, and in the smallest far block."

@@ -24,7 +24,7 @@ from muse_hf.models import InputError, check_length
 from muse_hf.routing import UnsupportedError, check_family, model_policy
 
 # For the small model, whose contexts are short.
-SMALL_MUSE = {"local_block": 128, "cluster_size": 8, "num_retrieved": 32}
+SMALL_MUSE = {"local_block": 128, "cluster_size": 8, "num_retrieved": 32, "min_length": 0}
 
 
 @dataclass
@@ -47,6 +47,9 @@ class PretrainedArguments:
     num_retrieved: int | None = option(None, "Clusters each query attends to exactly.")
     cluster_size: int | None = option(None, "Mean number of keys in a cluster.")
     local_block: int | None = option(None, "Tokens attended exactly around each token.")
+    min_length: int | None = option(
+        None, "Shorter sequences are attended exactly, by default on a GPU those for which that is faster."
+    )
 
 
 def load_model(
@@ -103,7 +106,7 @@ def muse_policy(
     Args:
         calibration: Tokens (rows, length) for `--layers auto`.
     """
-    fields = ("num_retrieved", "cluster_size", "local_block")
+    fields = ("num_retrieved", "cluster_size", "local_block", "min_length")
     given = {name: value for name in fields if (value := getattr(arguments, name)) is not None}
     layers, options = arguments.layers, {}
     if layers == "auto":

@@ -15,15 +15,15 @@ from transformers.utils import logging
 from muse_hf.config import MuseConfig
 from muse_hf.models import InputError, hidden_states, temporary_policy, transformers_model
 from muse_hf.profiling import Quality, check_input, device_name, measure_layers, milliseconds
-from muse_hf.routing import check_windows, windowed_layers
+from muse_hf.routing import check_windows, shortest_length, windowed_layers
 
 # The ladder of `layers="auto"`: no retrieval, few, default and many retrieved clusters. Exact attention is
 # its last step.
-RETRIEVED = (0, 8, 16, 32, 64)
+RETRIEVED = (0, 4, 8, 12, 24, 48)
 EXACT = None
 
 # What `recommend_config` tries.
-_LOCAL_BLOCKS, _CLUSTER_SIZES, _RETRIEVED_KEYS = (512, 1024, 2048), (16, 32), (256, 512, 1024)
+_LOCAL_BLOCKS, _CLUSTER_SIZES, _RETRIEVED_KEYS = (1024, 2048, 4096), (20, 40), (240, 480, 960)
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,7 @@ def choose_settings(
     check_budget(max_loss_increase)
     windowed = windowed_layers(model.config)
     layers = [layer for layer in range(model.config.num_hidden_layers) if layer not in windowed]
+    config = _used_from(config, input_ids.shape[1], model.device)
     ladder = [config.replace(layers=None, num_retrieved=number) for number in RETRIEVED]
     profiles, quality = measure_layers(model, input_ids, dict.fromkeys(layers, ladder))
     # All layers do the same work: the median over them is the better measure of a setting's time.
@@ -164,6 +165,11 @@ def choose_settings(
         measured_error=measured.harm_error,
         **described,
     )
+
+
+def _used_from(config: MuseConfig, length: int, device: torch.device) -> MuseConfig:
+    """The config with a `min_length` that lets sequences of this length attend with MuSe."""
+    return config.replace(min_length=length) if length < shortest_length(config, device) else config
 
 
 def assignments(options: Mapping[int, Sequence[Option]]) -> Iterator[dict[int, Option]]:
@@ -272,7 +278,11 @@ def recommend_config(
     """
     base = transformers_model(model)
     settings = [
-        MuseConfig(local_block=block, cluster_size=size, num_retrieved=keys // size)
+        _used_from(
+            MuseConfig(local_block=block, cluster_size=size, num_retrieved=keys // size),
+            input_ids.shape[1],
+            base.device,
+        )
         for block, size, keys in product(_LOCAL_BLOCKS, _CLUSTER_SIZES, _RETRIEVED_KEYS)
         if block < input_ids.shape[1]
     ]

@@ -144,7 +144,7 @@ def profile_layers(
         model: A Transformers model, also inside a PEFT, compiled or parallel wrapper. It may be patched.
         input_ids: (B, N) tokens without padding, longer than `local_block`.
         config: The setting to try, in the layers that its `layers` names; by default the policy that the
-            model has, else `MuseConfig()`.
+            model has, else `MuseConfig()`. Its `min_length` is not looked at.
 
     Raises:
         TypeError: `model`, `input_ids` or `config` is not one.
@@ -191,7 +191,7 @@ def measure_layers(
 
         def change(layer: int, config: MuseConfig) -> Change:
             bar.update(len(input_ids))
-            return quality.change(config.replace(layers=[layer]))
+            return quality.change(config.replace(layers=[layer], min_length=0))
 
         with observed_attention(compare):
             quality = Quality(model, input_ids)

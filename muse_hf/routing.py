@@ -164,12 +164,12 @@ def reason_for_exact(
     longest = key.shape[2] if mask is None else max(mask.lengths, default=0)
     if longest <= config.local_block:
         return "sequences no longer than local_block"
-    if longest < _shortest(config, query.device):
+    if longest < shortest_length(config, query.device):
         return "exact attention is faster"
     return None
 
 
-def _shortest(config: MuseConfig, device: torch.device) -> int:
+def shortest_length(config: MuseConfig, device: torch.device) -> int:
     """Tokens of the shortest sequence for which a model's layer does not attend exactly."""
     if config.min_length is not None:
         return config.min_length

@@ -92,6 +92,7 @@ def test_evaluate_saves_what_auto_chose(about, ids, folder, tmp_path, capsys):
 
 def test_recommend(about, monkeypatch, capsys):
     monkeypatch.setattr("muse_hf.choosing._LOCAL_BLOCKS", (32,))
+    monkeypatch.setattr("muse_hf.choosing._CLUSTER_SIZES", (8,))
     assert call("recommend", *about()) == 0
     assert "settings stay within 0.200%" in capsys.readouterr().out
 
@@ -111,7 +112,7 @@ def test_env(capsys):
         ("profile nowhere --length 70", "no model could be opened at"),
         ("profile llama --text nowhere --length 70", "there is no file or folder"),
         ("profile llama --length 7000", "fewer than 1 x 7000"),
-        ("profile llama --length 70", "70 tokens are not more than local_block=1024"),
+        ("profile llama --length 70", "70 tokens are not more than local_block=2048"),
         ("profile llama --length 0", "must be at least 1"),
         ("profile gpt2 --length 200", "has 128 positions"),
         ("profile bloom --length 70", "not supported for model type 'bloom'"),
@@ -124,7 +125,7 @@ def test_env(capsys):
         ("evaluate bert --length 70", "has no next-token loss"),
         ("evaluate llama --length 70 --save llama", "'llama' exists already and is not overwritten"),
         ("evaluate llama --length 70 --layers auto", "--layers auto needs --calibration"),
-        ("recommend llama --length 70", "not more than local_block=512"),
+        ("recommend llama --length 70", "not more than local_block=1024"),
         ("run", "no command was given"),
         ("run -- there-is-no-such-program", "there is no program"),
         ("run -- sh", "is not a Python program"),

@@ -259,9 +259,6 @@ def test_short_text_leaves_a_margin(costs, monkeypatch):
     assert report.layers, "nothing was chosen, so that this test shows nothing"
 
 
-# recommend_config
-
-
 def test_the_recommendation_is_the_fastest_within_the_budget(monkeypatch):
     monkeypatch.setattr("muse_hf.choosing._LOCAL_BLOCKS", (16, 32, 128))
     monkeypatch.setattr("muse_hf.choosing._CLUSTER_SIZES", (4,))
@@ -275,3 +272,15 @@ def test_the_recommendation_is_the_fastest_within_the_budget(monkeypatch):
     assert "Recommended: flat blocks from 32 tokens, clusters of 4 keys" in str(found)
     assert "2.50x as fast as exact attention" in str(found)
     json.dumps(found.to_dict())
+
+
+def test_what_was_measured_is_in_force_at_that_length(costs):
+    """Also where sequences of that length would attend exactly otherwise; shorter ones go on doing so."""
+    model = tiny_model("llama")
+    config = MUSE.replace(min_length=LONG + 1)
+    alone, alike = (profile_layers(model, TEXT, c).layers[0].change for c in (config, MUSE))
+    assert alone == pytest.approx(alike) != 0, "profiling looked at min_length"
+    patch_model(model, layers="auto", config=config, calibration=TEXT, max_loss_increase=1e9)
+    assert model.config.muse["min_length"] == LONG
+    patch_model(model, layers="auto", config=MUSE, calibration=TEXT, max_loss_increase=1e9)
+    assert model.config.muse["min_length"] is None

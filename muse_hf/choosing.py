@@ -128,6 +128,7 @@ def choose_settings(
     check_budget(max_loss_increase)
     windowed = windowed_layers(model.config)
     layers = [layer for layer in range(model.config.num_hidden_layers) if layer not in windowed]
+    input_ids = check_input(model, input_ids, [config])
     config = _used_from(config, input_ids.shape[1], model.device)
     ladder = [config.replace(layers=None, num_retrieved=number) for number in RETRIEVED]
     profiles, quality = measure_layers(model, input_ids, dict.fromkeys(layers, ladder))
@@ -277,6 +278,7 @@ def recommend_config(
     Errors as in `profile_layers`.
     """
     base = transformers_model(model)
+    input_ids = check_input(base, input_ids, [])
     settings = [
         _used_from(
             MuseConfig(local_block=block, cluster_size=size, num_retrieved=keys // size),

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from muse_hf.kernels.common import load_tokens, plane_of, power_of_two, store_tokens
+from muse_hf.kernels.common import LOG2_E, load_tokens, plane_of, power_of_two, store_tokens
 from muse_hf.kernels.point_sets import (
     CAPACITY,
     CLUSTERS,
@@ -27,8 +27,8 @@ from muse_hf.kernels.point_sets import (
     set_field,
 )
 
-# Clusters in a tile. Numbers of the matrices of the dipole that one program mixes, or multiplies.
-_TILE, _MIXED, _PART = 64, 128, 1024
+# Clusters in a tile. Numbers of the matrices of the dipole that one program mixes.
+_TILE, _MIXED = 64, 128
 
 
 class Summaries(NamedTuple):
@@ -199,7 +199,7 @@ def _row_total(log_mass, pairs, a, num_centroids, num_clusters, BLOCK_A: tl.cons
 
 @triton.jit
 def _mix_kernel(
-    table, log_mass, log_total, source, target,
+    table, log_mass, log_total, held, source, target,
     num_key_sets, num_key_rows, num_query_rows, num_pairs, num_parts,
     TO_KEYS: tl.constexpr, GROUP_HEADS: tl.constexpr, SIZE: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -207,7 +207,8 @@ def _mix_kernel(
     """Matrices of D * D = SIZE numbers mixed by π: M_a = Σ_j π_aj Cov_j, or TO_KEYS dCov_j = Σ_a π_aj dM_a.
 
     One program a set, query head, tile x of targets and BLOCK_E of their numbers. The gradients of a
-    covariance are one for each query head. Not TO_KEYS, the logsumexp of each row of L is written too.
+    covariance are one for each query head, and divided by its number of keys. Not TO_KEYS, the logsumexp of
+    each row of L is written too.
     """
     part, number, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     queries = number + num_key_sets
@@ -240,56 +241,79 @@ def _mix_kernel(
             at = source + source_rows * SIZE + y[:, None] * SIZE + e[None, :]
             matrices = tl.load(at, mask=(y < num_y)[:, None] & (e < SIZE)[None, :], other=0)
             share = tl.exp(mass - total).to(matrices.dtype)
-            mixed += tl.dot(share, matrices, input_precision="ieee")
+            mixed = tl.dot(share, matrices, mixed, input_precision="ieee")
+        if TO_KEYS:
+            key_rows = head // GROUP_HEADS * num_key_rows + key_row + x
+            many = tl.load(held + key_rows, mask=x < num_x, other=1)
+            mixed *= (1 / tl.maximum(many, 1).to(tl.float32))[:, None]
         at = target + target_rows * SIZE + x[:, None] * SIZE + e[None, :]
         tl.store(at, mixed, mask=(x < num_x)[:, None] & (e < SIZE)[None, :])
 
 
 @triton.jit
-def _match_kernel(
-    table, covariance, grad_dipole, match,
-    num_key_sets, num_key_rows, num_query_rows, num_pairs, num_heads, num_parts, tiles_of_clusters,
-    GROUP_HEADS: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr,
+def _constant_kernel(
+    table, covariance, grad_dipole, log_mass, log_total, product, constant,
+    num_key_sets, num_key_rows, num_query_rows, num_pairs, tiles_of_clusters,
+    GROUP_HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Inner products of dM_a with Cov_j, the gradient of π_aj: the share of PART of their numbers."""
-    part, number, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """Add what comes through π to the constants: π_aj (dM_a·Cov_j - dM_a·M_a), with inner products."""
+    tile, number, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     queries = number + num_key_sets
     num_clusters, num_centroids = set_field(table, number, CLUSTERS), set_field(table, queries, CLUSTERS)
-    tile = part // num_parts
-    a = tile // tiles_of_clusters * BLOCK_A + tl.arange(0, BLOCK_A)
-    j = tile % tiles_of_clusters * BLOCK_C + tl.arange(0, BLOCK_C)
+    a = tile // tiles_of_clusters * BLOCK_X + tl.arange(0, BLOCK_X)
+    j = tile % tiles_of_clusters * BLOCK_X + tl.arange(0, BLOCK_X)
+    is_centroid, is_cluster = a < num_centroids, j < num_clusters
     query_rows = head * num_query_rows + set_field(table, queries, FIRST_ROW) - num_key_rows
     key_rows = head // GROUP_HEADS * num_key_rows + set_field(table, number, FIRST_ROW)
-    total = tl.zeros([BLOCK_A, BLOCK_C], tl.float32)
-    begin = part % num_parts * PART
-    for first in range(begin, begin + PART, BLOCK_E):
-        e = first + tl.arange(0, BLOCK_E)
-        at = grad_dipole + query_rows * SIZE + a[:, None] * SIZE + e[None, :]
-        moment = tl.load(at, mask=(a < num_centroids)[:, None] & (e < SIZE)[None, :], other=0)
-        at = covariance + key_rows * SIZE + j[:, None] * SIZE + e[None, :]
-        cov = tl.load(at, mask=(j < num_clusters)[:, None] & (e < SIZE)[None, :], other=0)
-        total += tl.dot(moment, tl.trans(cov), input_precision="ieee")
-    at = ((part % num_parts).to(tl.int64) * num_heads + head) * num_pairs
-    at += set_field(table, queries, FIRST_PAIR) + j[None, :] * num_centroids + a[:, None]
-    tl.store(match + at, total, mask=(a < num_centroids)[:, None] & (j < num_clusters)[None, :])
+    total = tl.zeros([BLOCK_X, BLOCK_X], tl.float32)
+    for e in range(0, SIZE, BLOCK_E):
+        moment = load_tokens(grad_dipole + query_rows * SIZE, a, is_centroid, SIZE, SIZE, BLOCK_E, e)
+        cov = load_tokens(covariance + key_rows * SIZE, j, is_cluster, SIZE, SIZE, BLOCK_E, e)
+        total = tl.dot(moment, tl.trans(cov), total, input_precision="ieee")
+    exists = is_centroid[:, None] & is_cluster[None, :]
+    pairs = head * num_pairs + set_field(table, queries, FIRST_PAIR)
+    mass = log_mass + pairs + a[:, None] * num_clusters + j[None, :]
+    mass = tl.load(mass, mask=exists, other=-float("inf"))
+    own = tl.load(product + query_rows + a, mask=is_centroid, other=0)
+    share = tl.exp(mass - tl.load(log_total + query_rows + a, mask=is_centroid, other=0)[:, None])
+    at = constant + pairs + j[None, :] * num_centroids + a[:, None]
+    tl.store(at, tl.load(at, mask=exists, other=0) + share * (total - own[:, None]), mask=exists)
+
+
+@triton.jit
+def _load_pairs(
+    centroids, grad_key_mean, grad_value_mean, log_mass, constant, centroid, pairs, j, first,
+    num_clusters, num_centroids, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_A: tl.constexpr,
+):  # fmt: skip
+    """A tile of query centroids and all that belongs to their pairs with cluster j. Masses are in base 2."""
+    a = first + tl.arange(0, BLOCK_A)
+    exists = a < num_centroids
+    rows = pairs + a * num_clusters + j
+    return (
+        load_tokens(centroids, centroid + a, exists, HEAD_DIM, HEAD_DIM, BLOCK_D),
+        load_tokens(grad_key_mean, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D),
+        load_tokens(grad_value_mean, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D),
+        tl.load(log_mass + rows, mask=exists, other=float("inf")) * LOG2_E,
+        tl.load(constant + pairs + j * num_centroids + a, mask=exists, other=0),
+    )
 
 
 @triton.jit
 def _key_backward_kernel(
-    key, value, table, set_of_row, members, held, centroids, log_mass, log_total,
-    grad_key_mean, grad_value_mean, constant, match, product, grad_covariance, key_means, value_means,
-    grad_key, grad_value,
+    key, value, table, set_of_row, members, held, centroids, log_mass, grad_key_mean, grad_value_mean,
+    constant, grad_covariance, key_means, value_means, grad_key, grad_value,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_gkh, stride_gkn, stride_gvh, stride_gvn,
-    num_key_sets, num_key_rows, num_rows, num_slots, num_pairs, num_heads, num_parts, scale,
+    num_key_sets, num_key_rows, num_rows, num_slots, num_pairs, scale,
     DIPOLE: tl.constexpr, GROUP_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_E: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the keys and values of one cluster, at their points.
 
     With the constant c_aj, dS_ak = w_ak (c_aj + dk̃_aj·k + dṽ_aj·v), then dk = Σ_a dS_ak q̄_a + w_ak dk̃_aj
-    and dv = Σ_a w_ak dṽ_aj; and the share of the covariance.
+    and dv = Σ_a w_ak dṽ_aj; and the share of the covariance, dCov_j (k - mean) / |j| and likewise for values.
+
+    SINGLE: one tile holds the centroids of all query heads, and is read once.
     """
     row, kv_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     number = tl.load(set_of_row + row)
@@ -298,71 +322,78 @@ def _key_backward_kernel(
     many = tl.load(held + own_row)
     slots, token_of_point = member_places(table, number, row, members, kv_head, num_slots)
     batch_row = set_field(table, number, ROW)
-    keys = plane_of(key, batch_row, kv_head, stride_kb, stride_kh)
-    values = plane_of(value, batch_row, kv_head, stride_vb, stride_vh)
+    token_of_point = token_of_point.to(tl.int64)
+    keys = plane_of(key, batch_row, kv_head, stride_kb, stride_kh) + token_of_point * stride_kn
+    values = plane_of(value, batch_row, kv_head, stride_vb, stride_vh) + token_of_point * stride_vn
+    grad_key += kv_head * stride_gkh
+    grad_value += kv_head * stride_gvh
     num_clusters, num_centroids = set_field(table, number, CLUSTERS), set_field(table, queries, CLUSTERS)
     j = row - set_field(table, number, FIRST_ROW)
-    query_row = set_field(table, queries, FIRST_ROW)
-    for m in range(0, many, BLOCK_M):
-        places = m + tl.arange(0, BLOCK_M)
-        filled = places < many
-        points = tl.load(slots + places, mask=filled, other=0)
-        tokens = points + token_of_point
-        k = load_tokens(keys, tokens, filled, stride_kn, HEAD_DIM, BLOCK_D)
-        v = load_tokens(values, tokens, filled, stride_vn, HEAD_DIM, BLOCK_D)
-        dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    centroid = kv_head * GROUP_HEADS * num_rows + set_field(table, queries, FIRST_ROW)
+    pairs = kv_head * GROUP_HEADS * num_pairs + set_field(table, queries, FIRST_PAIR)
+    dims, lane = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M)
+    if SINGLE:
+        q, dk_mean, dv_mean, mass, c = _load_pairs(
+            centroids, grad_key_mean, grad_value_mean, log_mass, constant, centroid, pairs, j, 0,
+            num_clusters, num_centroids, HEAD_DIM, BLOCK_D, BLOCK_A,
+        )  # fmt: skip
+    k_start, v_start = tl.zeros([BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
+    if DIPOLE:
+        matrix = grad_covariance + (kv_head * GROUP_HEADS * num_key_rows + row) * HEAD_DIM * HEAD_DIM
         for i in range(GROUP_HEADS):
-            head = kv_head * GROUP_HEADS + i
-            pairs = head * num_pairs + set_field(table, queries, FIRST_PAIR)
-            for first in range(0, num_centroids, BLOCK_A):
-                a = first + tl.arange(0, BLOCK_A)
-                exists = a < num_centroids
-                q = load_tokens(
-                    centroids, head * num_rows + query_row + a, exists, HEAD_DIM, HEAD_DIM, BLOCK_D
-                )
-                rows = pairs + a * num_clusters + j
-                mass = tl.load(log_mass + rows, mask=exists, other=float("inf"))
-                s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
-                w = tl.exp(s - mass[None, :])
-                dk_mean = load_tokens(grad_key_mean, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
-                dv_mean = load_tokens(grad_value_mean, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
-                c = tl.load(constant + pairs + j * num_centroids + a, mask=exists, other=0)
-                if DIPOLE:
-                    query_rows = head * (num_rows - num_key_rows) + query_row - num_key_rows + a
-                    total = tl.load(log_total + query_rows, mask=exists, other=0)
-                    change = -tl.load(product + query_rows, mask=exists, other=0)
-                    for part in range(num_parts):
-                        at = match + part * num_heads * num_pairs + pairs + j * num_centroids + a
-                        change += tl.load(at, mask=exists, other=0)
-                    c += tl.where(exists, tl.exp(mass - total) * change, 0)
+            own = matrix + i * num_key_rows * HEAD_DIM * HEAD_DIM
+            for e in range(0, HEAD_DIM, BLOCK_E):
+                part_dims = e + tl.arange(0, BLOCK_E)
+                exists = part_dims < HEAD_DIM
+                columns = load_tokens(own, dims, dims < HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_E, e)
+                mean = tl.load(key_means + own_row * HEAD_DIM + part_dims, mask=exists, other=0)
+                v_start -= tl.sum(columns.to(tl.float32) * mean[None, :], 1)
+                rows = load_tokens(own, part_dims, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
+                mean = tl.load(value_means + own_row * HEAD_DIM + part_dims, mask=exists, other=0)
+                k_start -= tl.sum(rows.to(tl.float32) * mean[:, None], 0)
+        if SINGLE and BLOCK_E == BLOCK_D:
+            whole = load_tokens(matrix, dims, dims < HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_D)
+    for first_member in range(0, many, BLOCK_M):
+        filled = first_member + lane < many
+        points = tl.load(slots + first_member + lane, mask=filled, other=0)
+        k = load_tokens(keys, points, filled, stride_kn, HEAD_DIM, BLOCK_D)
+        v = load_tokens(values, points, filled, stride_vn, HEAD_DIM, BLOCK_D)
+        dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32) + k_start[None, :]
+        dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32) + v_start[None, :]
+        for i in range(GROUP_HEADS):
+            for first in range(0, BLOCK_A if SINGLE else num_centroids, BLOCK_A):
+                if not SINGLE:
+                    q, dk_mean, dv_mean, mass, c = _load_pairs(
+                        centroids, grad_key_mean, grad_value_mean, log_mass, constant,
+                        centroid + i * num_rows, pairs + i * num_pairs, j, first,
+                        num_clusters, num_centroids, HEAD_DIM, BLOCK_D, BLOCK_A,
+                    )  # fmt: skip
+                s = tl.dot(k, tl.trans(q), input_precision="ieee")
+                w = tl.exp2(s * (scale * LOG2_E) - mass[None, :])
                 ds = tl.dot(k, tl.trans(dk_mean), input_precision="ieee")
-                ds += tl.dot(v, tl.trans(dv_mean), input_precision="ieee")
-                ds = (w * (ds + c[None, :]) * scale).to(k.dtype)
+                ds = tl.dot(v, tl.trans(dv_mean), ds, input_precision="ieee")
+                ds = (w * ((ds + c[None, :]) * scale)).to(k.dtype)
                 w = w.to(k.dtype)
-                dk += tl.dot(ds, q, input_precision="ieee") + tl.dot(w, dk_mean, input_precision="ieee")
-                dv += tl.dot(w, dv_mean, input_precision="ieee")
+                dk = tl.dot(ds, q, dk, input_precision="ieee")
+                dk = tl.dot(w, dk_mean, dk, input_precision="ieee")
+                dv = tl.dot(w, dv_mean, dv, input_precision="ieee")
         if DIPOLE:
-            dims = tl.arange(0, BLOCK_D)
-            for i in range(GROUP_HEADS):
-                matrix = (
-                    grad_covariance + ((kv_head * GROUP_HEADS + i) * num_key_rows + row) * HEAD_DIM * HEAD_DIM
-                )
-                for first in range(0, HEAD_DIM, BLOCK_E):
-                    part_dims = first + tl.arange(0, BLOCK_E)
-                    exists = part_dims < HEAD_DIM
-                    mean = tl.load(key_means + own_row * HEAD_DIM + part_dims, mask=exists, other=0)
-                    x = load_tokens(keys, tokens, filled, stride_kn, HEAD_DIM, BLOCK_E, first)
-                    x = ((x.to(tl.float32) - mean[None, :]) / many).to(k.dtype)
-                    columns = load_tokens(matrix, dims, dims < HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_E, first)
-                    dv += tl.dot(x, tl.trans(columns), input_precision="ieee")
-                    mean = tl.load(value_means + own_row * HEAD_DIM + part_dims, mask=exists, other=0)
-                    x = load_tokens(values, tokens, filled, stride_vn, HEAD_DIM, BLOCK_E, first)
-                    x = ((x.to(tl.float32) - mean[None, :]) / many).to(k.dtype)
-                    rows = load_tokens(matrix, part_dims, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
-                    dk += tl.dot(x, rows, input_precision="ieee")
-        store_tokens(grad_key + kv_head * stride_gkh, dk, points, filled, stride_gkn, HEAD_DIM, BLOCK_D)
-        store_tokens(grad_value + kv_head * stride_gvh, dv, points, filled, stride_gvn, HEAD_DIM, BLOCK_D)
+            if SINGLE and BLOCK_E == BLOCK_D:
+                dk = tl.dot(v, whole, dk, input_precision="ieee")
+                dv = tl.dot(k, tl.trans(whole), dv, input_precision="ieee")
+            else:
+                for i in range(GROUP_HEADS):
+                    own = matrix + i * num_key_rows * HEAD_DIM * HEAD_DIM
+                    for e in range(0, HEAD_DIM, BLOCK_E):
+                        x = load_tokens(keys, points, filled, stride_kn, HEAD_DIM, BLOCK_E, e)
+                        columns = load_tokens(own, dims, dims < HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_E, e)
+                        dv = tl.dot(x, tl.trans(columns), dv, input_precision="ieee")
+                        x = load_tokens(values, points, filled, stride_vn, HEAD_DIM, BLOCK_E, e)
+                        part_dims = e + tl.arange(0, BLOCK_E)
+                        rows = load_tokens(own, part_dims, part_dims < HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_D)
+                        dk = tl.dot(x, rows, dk, input_precision="ieee")
+        store_tokens(grad_key, dk, points, filled, stride_gkn, HEAD_DIM, BLOCK_D)
+        store_tokens(grad_value, dv, points, filled, stride_gvn, HEAD_DIM, BLOCK_D)
 
 
 def summarise(
@@ -397,7 +428,7 @@ def summarise(
         tiles_of_centroids, scale, DIPOLE=dipole, GROUP_HEADS=groups, **tiles,
     )  # fmt: skip
     if dipole:
-        _mix(key, sets, log_mass, log_total, covariance, moment, groups, TO_KEYS=False)
+        _mix(key, sets, log_mass, log_total, held, covariance, moment, groups, TO_KEYS=False)
     return Summaries(log_mass, key_mean, value_mean, covariance, means, moment, log_total)
 
 
@@ -410,45 +441,36 @@ def summaries_backward(
     kv_heads, head_dim = key.shape[1], key.shape[3]
     heads = centroids.shape[0]
     groups = heads // kv_heads
-    match = grad_covariance = None
-    num_parts = 0
+    grad_covariance = None
     if grads.dipole is not None:
         grad_covariance = key.new_empty(heads, sets.num_key_rows, head_dim, head_dim)
-        _mix(
-            key,
-            sets,
-            summaries.log_mass,
-            summaries.log_total,
-            grads.dipole,
-            grad_covariance,
-            groups,
-            TO_KEYS=True,
-        )
-        tile = min(_TILE, power_of_two(sets.max_clusters))
-        tiles_of_clusters, num_parts = triton.cdiv(sets.max_clusters, tile), triton.cdiv(head_dim**2, _PART)
-        match = key.new_empty(num_parts, heads, sets.num_pairs, dtype=torch.float32)
-        _match_kernel[(num_parts * tiles_of_clusters**2, sets.num_key_sets, heads)](
-            sets.table, summaries.covariance, grads.dipole, match, sets.num_key_sets, sets.num_key_rows,
-            sets.num_query_rows, sets.num_pairs, heads, num_parts, tiles_of_clusters,
-            GROUP_HEADS=groups, SIZE=head_dim**2, PART=_PART, BLOCK_A=tile, BLOCK_C=tile, BLOCK_E=64,
+        masses = (summaries.log_mass, summaries.log_total)
+        _mix(key, sets, *masses, held, grads.dipole, grad_covariance, groups, TO_KEYS=True)
+        tile = min(32, power_of_two(sets.max_clusters))
+        tiles_of_clusters = triton.cdiv(sets.max_clusters, tile)
+        _constant_kernel[(tiles_of_clusters**2, sets.num_key_sets, heads)](
+            sets.table, summaries.covariance, grads.dipole, *masses, grads.product, grads.constant,
+            sets.num_key_sets, sets.num_key_rows, sets.num_query_rows, sets.num_pairs, tiles_of_clusters,
+            GROUP_HEADS=groups, SIZE=head_dim**2, BLOCK_X=tile, BLOCK_E=64,
         )  # fmt: skip
     means = (None, None) if summaries.means is None else summaries.means
+    tiles = _tiles(key, sets)
     _key_backward_kernel[(sets.num_key_rows, kv_heads)](
         key, value, sets.table, sets.set_of_row, members, held, centroids, summaries.log_mass,
-        summaries.log_total, grads.key_mean, grads.value_mean, grads.constant, match, grads.product,
-        grad_covariance, *means, grad_key, grad_value,
+        grads.key_mean, grads.value_mean, grads.constant, grad_covariance, *means, grad_key, grad_value,
         *key.stride()[:3], *value.stride()[:3], *grad_key.stride()[:2], *grad_value.stride()[:2],
-        sets.num_key_sets, sets.num_key_rows, sets.num_rows, sets.num_slots, sets.num_pairs, heads, num_parts,
-        scale, DIPOLE=match is not None, GROUP_HEADS=groups, **{**_tiles(key, sets), "num_warps": 8},
+        sets.num_key_sets, sets.num_key_rows, sets.num_rows, sets.num_slots, sets.num_pairs, scale,
+        DIPOLE=grad_covariance is not None, GROUP_HEADS=groups,
+        SINGLE=groups == 1 and sets.max_clusters <= tiles["BLOCK_A"], **tiles,
     )  # fmt: skip
 
 
-def _mix(key, sets, log_mass, log_total, source, target, groups, **flags):
+def _mix(key, sets, log_mass, log_total, held, source, target, groups, **flags):
     head_dim = key.shape[3]
     tile = min(_TILE, power_of_two(sets.max_clusters))
     num_parts = triton.cdiv(head_dim**2, _MIXED)
     _mix_kernel[(num_parts * triton.cdiv(sets.max_clusters, tile), sets.num_key_sets, log_mass.shape[0])](
-        sets.table, log_mass, log_total, source, target, sets.num_key_sets, sets.num_key_rows,
+        sets.table, log_mass, log_total, held, source, target, sets.num_key_sets, sets.num_key_rows,
         sets.num_query_rows, sets.num_pairs, num_parts,
         GROUP_HEADS=groups, SIZE=head_dim**2, BLOCK_X=tile, BLOCK_Y=tile, BLOCK_E=_MIXED, num_stages=1,
         **flags,
@@ -458,12 +480,13 @@ def _mix(key, sets, log_mass, log_total, source, target, groups, **flags):
 def _tiles(key: torch.Tensor, sets: PointSets) -> dict[str, int]:
     head_dim = key.shape[3]
     block_d = power_of_two(head_dim)
-    wide = block_d * key.element_size() > 256
+    row_bytes = block_d * key.element_size()
+    tile = min(64, max(16, (1 << 14) // row_bytes))
     return {
         "HEAD_DIM": head_dim,
         "BLOCK_D": block_d,
-        "BLOCK_M": 32 if wide else 64,
-        "BLOCK_A": min(32 if wide else _TILE, power_of_two(sets.max_clusters)),
-        "BLOCK_E": min(64, block_d),
+        "BLOCK_M": tile,
+        "BLOCK_A": min(tile, _TILE, power_of_two(sets.max_clusters)),
+        "BLOCK_E": min(block_d, (1 << 15) // row_bytes),
         "num_warps": 4 if block_d <= 64 else 8,
     }

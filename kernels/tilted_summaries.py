@@ -27,8 +27,8 @@ from muse_hf.kernels.point_sets import (
     set_field,
 )
 
-# Clusters in a tile. Numbers of the matrices of the dipole that one program mixes.
-_TILE, _MIXED = 64, 128
+# Clusters in a tile. Programs that share the mixing of matrices of the dipole, and numbers mixed at once.
+_TILE, _PARTS, _MIXED = 64, 8, 64
 
 
 class Summaries(NamedTuple):
@@ -94,18 +94,19 @@ def _summarise(
         tokens = tl.load(slots + places, mask=filled, other=0) + token_of_point
         k = load_tokens(keys, tokens, filled, stride_kn, HEAD_DIM, BLOCK_D)
         v = load_tokens(values, tokens, filled, stride_vn, HEAD_DIM, BLOCK_D)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E)
         s = tl.where(filled[None, :], s, -float("inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
-        w = tl.exp(s - new_top[:, None])
-        shrink = tl.exp(top - new_top)
+        w = tl.exp2(s - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(w, 1)
         w = w.to(k.dtype)
-        k_mean = k_mean * shrink[:, None] + tl.dot(w, k, input_precision="ieee")
-        v_mean = v_mean * shrink[:, None] + tl.dot(w, v, input_precision="ieee")
+        k_mean = tl.dot(w, k, k_mean * shrink[:, None], input_precision="ieee")
+        v_mean = tl.dot(w, v, v_mean * shrink[:, None], input_precision="ieee")
         top = new_top
     inverse = tl.where(held > 0, 1 / total, 0)
-    tl.store(log_mass + pairs, tl.where(held > 0, top + tl.log(total), -float("inf")), mask=exists)
+    mass = tl.where(held > 0, (top + tl.log2(total)) * (1 / LOG2_E), -float("inf"))
+    tl.store(log_mass + pairs, mass, mask=exists)
     store_tokens(key_mean, k_mean * inverse[:, None], pairs, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
     store_tokens(value_mean, v_mean * inverse[:, None], pairs, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
 
@@ -126,7 +127,7 @@ def _covary(
         tokens = tl.load(slots + places, mask=filled, other=0) + token_of_point
         k = load_tokens(keys, tokens, filled, stride_kn, HEAD_DIM, BLOCK_D)
         v = load_tokens(values, tokens, filled, stride_vn, HEAD_DIM, BLOCK_E, first_dim)
-        product += tl.dot(tl.trans(v), k, input_precision="ieee")
+        product = tl.dot(tl.trans(v), k, product, input_precision="ieee")
         k_total += tl.sum(k.to(tl.float32), 0)
         v_total += tl.sum(v.to(tl.float32), 0)
     many = tl.maximum(held, 1).to(tl.float32)
@@ -150,7 +151,7 @@ def _summary_kernel(
     BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """One cluster of keys: its summaries for a tile of the centroids of a query head, or its covariance."""
-    part, row, kv_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row, part, kv_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     number = tl.load(set_of_row + row)
     own_row = kv_head.to(tl.int64) * num_key_rows + row
     many = tl.load(held + own_row)
@@ -198,17 +199,34 @@ def _row_total(log_mass, pairs, a, num_centroids, num_clusters, BLOCK_A: tl.cons
 
 
 @triton.jit
+def _shares(
+    log_mass, log_total, pairs, query_rows, x, y, num_centroids, num_clusters, TO_KEYS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """π of a tile (x, y) of (centroids, clusters), or TO_KEYS of (clusters, centroids)."""
+    if TO_KEYS:
+        exists = (x < num_clusters)[:, None] & (y < num_centroids)[None, :]
+        at = pairs + y[None, :] * num_clusters + x[:, None]
+        total = tl.load(log_total + query_rows + y, mask=y < num_centroids, other=0)[None, :]
+    else:
+        exists = (x < num_centroids)[:, None] & (y < num_clusters)[None, :]
+        at = pairs + x[:, None] * num_clusters + y[None, :]
+        total = _row_total(log_mass, pairs, x, num_centroids, num_clusters, BLOCK, BLOCK)[:, None]
+    return tl.exp(tl.load(log_mass + at, mask=exists, other=-float("inf")) - total)
+
+
+@triton.jit
 def _mix_kernel(
     table, log_mass, log_total, held, source, target,
-    num_key_sets, num_key_rows, num_query_rows, num_pairs, num_parts,
-    TO_KEYS: tl.constexpr, GROUP_HEADS: tl.constexpr, SIZE: tl.constexpr,
-    BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_E: tl.constexpr,
+    num_key_sets, num_key_rows, num_query_rows, num_pairs, tiles_of_targets,
+    TO_KEYS: tl.constexpr, GROUP_HEADS: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr,
+    BLOCK_X: tl.constexpr, BLOCK_E: tl.constexpr, ONE_TILE: tl.constexpr,
 ):  # fmt: skip
     """Matrices of D * D = SIZE numbers mixed by π: M_a = Σ_j π_aj Cov_j, or TO_KEYS dCov_j = Σ_a π_aj dM_a.
 
-    One program a set, query head, tile x of targets and BLOCK_E of their numbers. The gradients of a
-    covariance are one for each query head, and divided by its number of keys. Not TO_KEYS, the logsumexp of
-    each row of L is written too.
+    One program a set, query head, tile x of targets and PART of their numbers. The gradients of a covariance
+    are one for each query head, and divided by its number of keys. Not TO_KEYS, the logsumexp of each row of
+    L is written too. ONE_TILE: a tile holds all clusters.
     """
     part, number, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     queries = number + num_key_sets
@@ -216,38 +234,50 @@ def _mix_kernel(
     pairs = head * num_pairs + set_field(table, queries, FIRST_PAIR)
     query_rows = head * num_query_rows + set_field(table, queries, FIRST_ROW) - num_key_rows
     key_row = set_field(table, number, FIRST_ROW)
-    x = part // num_parts * BLOCK_X + tl.arange(0, BLOCK_X)
-    e = part % num_parts * BLOCK_E + tl.arange(0, BLOCK_E)
+    key_rows = head // GROUP_HEADS * num_key_rows + key_row
+    begin = part // tiles_of_targets * PART
+    lane = tl.arange(0, BLOCK_X)
+    x = part % tiles_of_targets * BLOCK_X + lane
     if TO_KEYS:
-        num_x, stride_x, num_y, stride_y = num_clusters, 1, num_centroids, num_clusters
-        target_rows, source_rows = head * num_key_rows + key_row, query_rows
+        num_x, num_y = num_clusters, num_centroids
+        target += (head * num_key_rows + key_row) * SIZE
+        source += query_rows * SIZE
+        many = tl.load(held + key_rows + x, mask=x < num_x, other=1)
     else:
-        num_x, stride_x, num_y, stride_y = num_centroids, num_clusters, num_clusters, 1
-        target_rows, source_rows = query_rows, head // GROUP_HEADS * num_key_rows + key_row
-    if part // num_parts * BLOCK_X < num_x:
-        if not TO_KEYS:
-            total = _row_total(log_mass, pairs, x, num_centroids, num_clusters, BLOCK_X, BLOCK_Y)
-            if part % num_parts == 0:
-                tl.store(log_total + query_rows + x, total, mask=x < num_x)
-            total = total[:, None]
+        num_x, num_y = num_centroids, num_clusters
+        target += query_rows * SIZE
+        source += key_rows * SIZE
+        if begin == 0:
+            total = _row_total(log_mass, pairs, x, num_centroids, num_clusters, BLOCK_X, BLOCK_X)
+            tl.store(log_total + query_rows + x, total, mask=x < num_x)
+    if ONE_TILE:
+        share = _shares(
+            log_mass, log_total, pairs, query_rows, x, lane, num_centroids, num_clusters, TO_KEYS, BLOCK_X
+        ).to(source.dtype.element_ty)
+    for e in range(begin, tl.minimum(begin + PART, SIZE), BLOCK_E):
         mixed = tl.zeros([BLOCK_X, BLOCK_E], tl.float32)
-        for first in range(0, num_y, BLOCK_Y):
-            y = first + tl.arange(0, BLOCK_Y)
-            at = log_mass + pairs + x[:, None] * stride_x + y[None, :] * stride_y
-            exists = (x < num_x)[:, None] & (y < num_y)[None, :]
-            mass = tl.load(at, mask=exists, other=-float("inf"))
-            if TO_KEYS:
-                total = tl.load(log_total + query_rows + y, mask=y < num_y, other=0)[None, :]
-            at = source + source_rows * SIZE + y[:, None] * SIZE + e[None, :]
-            matrices = tl.load(at, mask=(y < num_y)[:, None] & (e < SIZE)[None, :], other=0)
-            share = tl.exp(mass - total).to(matrices.dtype)
+        for first in range(0, BLOCK_X if ONE_TILE else num_y, BLOCK_X):
+            y = first + lane
+            if not ONE_TILE:
+                share = _shares(
+                    log_mass,
+                    log_total,
+                    pairs,
+                    query_rows,
+                    x,
+                    y,
+                    num_centroids,
+                    num_clusters,
+                    TO_KEYS,
+                    BLOCK_X,
+                ).to(source.dtype.element_ty)
+            matrices = load_tokens(source, y, y < num_y, SIZE, SIZE, BLOCK_E, e)
             mixed = tl.dot(share, matrices, mixed, input_precision="ieee")
         if TO_KEYS:
-            key_rows = head // GROUP_HEADS * num_key_rows + key_row + x
-            many = tl.load(held + key_rows, mask=x < num_x, other=1)
             mixed *= (1 / tl.maximum(many, 1).to(tl.float32))[:, None]
-        at = target + target_rows * SIZE + x[:, None] * SIZE + e[None, :]
-        tl.store(at, mixed, mask=(x < num_x)[:, None] & (e < SIZE)[None, :])
+        numbers = e + tl.arange(0, BLOCK_E)
+        at = x.to(tl.int64)[:, None] * SIZE + numbers[None, :]
+        tl.store(target + at, mixed, mask=(x < num_x)[:, None] & (numbers < SIZE)[None, :])
 
 
 @triton.jit
@@ -420,8 +450,10 @@ def summarise(
     tiles = _tiles(key, sets)
     tiles_of_centroids = triton.cdiv(sets.max_clusters, tiles["BLOCK_A"])
     groups = heads // kv_heads
+    if key.element_size() == 2 and tiles["BLOCK_D"] > 64:
+        tiles["maxnreg"] = 128  # two programs of 8 warps share a multiprocessor
     parts = groups * tiles_of_centroids + (triton.cdiv(head_dim, tiles["BLOCK_E"]) if dipole else 0)
-    _summary_kernel[(parts, sets.num_key_rows, kv_heads)](
+    _summary_kernel[(sets.num_key_rows, parts, kv_heads)](
         key, value, sets.table, sets.set_of_row, members, held, centroids, log_mass, key_mean, value_mean,
         covariance, *((None, None) if means is None else means), *key.stride()[:3], *value.stride()[:3],
         sets.num_key_sets, sets.num_key_rows, sets.num_rows, sets.num_slots, sets.num_pairs,
@@ -454,7 +486,9 @@ def summaries_backward(
             GROUP_HEADS=groups, SIZE=head_dim**2, BLOCK_X=tile, BLOCK_E=64,
         )  # fmt: skip
     means = (None, None) if summaries.means is None else summaries.means
-    tiles = _tiles(key, sets)
+    tiles = _tiles(key, sets) | {"num_stages": 1}
+    if key.element_size() == 2:  # three programs of 4 warps, or one of 8, share a multiprocessor
+        tiles |= {"maxnreg": 168} if tiles["BLOCK_D"] <= 64 else {"BLOCK_M": 32, "maxnreg": 255}
     _key_backward_kernel[(sets.num_key_rows, kv_heads)](
         key, value, sets.table, sets.set_of_row, members, held, centroids, summaries.log_mass,
         grads.key_mean, grads.value_mean, grads.constant, grad_covariance, *means, grad_key, grad_value,
@@ -466,14 +500,14 @@ def summaries_backward(
 
 
 def _mix(key, sets, log_mass, log_total, held, source, target, groups, **flags):
-    head_dim = key.shape[3]
+    size = key.shape[3] ** 2
+    part = triton.cdiv(size, _PARTS * _MIXED) * _MIXED
     tile = min(_TILE, power_of_two(sets.max_clusters))
-    num_parts = triton.cdiv(head_dim**2, _MIXED)
-    _mix_kernel[(num_parts * triton.cdiv(sets.max_clusters, tile), sets.num_key_sets, log_mass.shape[0])](
+    tiles = triton.cdiv(sets.max_clusters, tile)
+    _mix_kernel[(triton.cdiv(size, part) * tiles, sets.num_key_sets, log_mass.shape[0])](
         sets.table, log_mass, log_total, held, source, target, sets.num_key_sets, sets.num_key_rows,
-        sets.num_query_rows, sets.num_pairs, num_parts,
-        GROUP_HEADS=groups, SIZE=head_dim**2, BLOCK_X=tile, BLOCK_Y=tile, BLOCK_E=_MIXED, num_stages=1,
-        **flags,
+        sets.num_query_rows, sets.num_pairs, tiles, GROUP_HEADS=groups, SIZE=size, PART=part, BLOCK_X=tile,
+        BLOCK_E=_MIXED, ONE_TILE=tiles == 1, **flags,
     )  # fmt: skip
 
 

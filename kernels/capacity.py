@@ -151,24 +151,26 @@ def _rehouse_kernel(
                 tl.store(choice + p + lane, tl.minimum(labels, num_clusters - 1), mask=inside)
                 tl.store(near + p + lane, closeness, mask=inside)
             tl.debug_barrier()
-            # The least closeness that each cluster accepts, bit by bit.
+            # The least closeness that each cluster accepts, two bits at a time, and how many it accepts of
+            # those that are just as near.
             least = tl.zeros([BINS], tl.uint32)
-            one = least + 1
-            for i in range(32):
-                trial = least | (one << (31 - i))
-                enough = tl.zeros([BINS], tl.int32)
+            left = room
+            for i in range(16):
+                shift = 30 - 2 * i
+                counts = tl.zeros([4 * BINS], tl.int32)
                 for p in range(0, found, BLOCK_P):
                     inside = p + wide_lane < found
                     labels = tl.load(choice + p + wide_lane, mask=inside, other=0)
                     bits = tl.load(near + p + wide_lane, mask=inside, other=0).to(tl.uint32, bitcast=True)
-                    enough += tl.histogram(labels, BINS, mask=inside & (bits >= tl.gather(trial, labels, 0)))
-                least = tl.where(enough >= room, trial, least)
-            left = room
-            for p in range(0, found, BLOCK_P):
-                inside = p + wide_lane < found
-                labels = tl.load(choice + p + wide_lane, mask=inside, other=0)
-                bits = tl.load(near + p + wide_lane, mask=inside, other=0).to(tl.uint32, bitcast=True)
-                left -= tl.histogram(labels, BINS, mask=inside & (bits > tl.gather(least, labels, 0)))
+                    differ = (bits ^ tl.gather(least, labels, 0)) >> 1 >> (shift + 1)
+                    digit = (bits >> shift & 3).to(tl.int32)
+                    counts += tl.histogram(labels * 4 + digit, 4 * BINS, mask=inside & (differ == 0))
+                counts = tl.reshape(counts, [BINS, 4])
+                through = tl.sum(counts, 1)[:, None] - tl.cumsum(counts, 1) + counts  # this digit or a larger
+                digit = tl.maximum(tl.sum((through >= left[:, None]).to(tl.int32), 1) - 1, 0)
+                larger = tl.arange(0, 4)[None, :] > digit[:, None]
+                left -= tl.sum(tl.where(larger, counts, 0), 1)
+                least |= digit.to(tl.uint32) << shift
             # Accept, and keep the list of those who are still homeless.
             rejected_before = 0
             for p in range(0, found, BLOCK_N):
@@ -237,7 +239,7 @@ def members_with_capacity(
     _rehouse_kernel[(sets.num_key_sets, heads)](
         key, sets.table, centroids, label, groups.order, near, members, held,
         *key.stride()[:3], *sizes, ROUNDS=ROUNDS - 1, HEAD_DIM=head_dim, BLOCK_D=power_of_two(head_dim),
-        BLOCK_N=64, BLOCK_P=1024, BLOCK_C=min(64, bins), BINS=bins, LOG_BINS=bins.bit_length() - 1,
-        num_warps=8,
+        BLOCK_N=64, BLOCK_P=2048, BLOCK_C=min(64, bins), BINS=bins, LOG_BINS=bins.bit_length() - 1,
+        num_warps=16,
     )  # fmt: skip
     return members, held

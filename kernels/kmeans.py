@@ -140,8 +140,9 @@ def _sums_kernel(
                 nothing = tl.full([BLOCK_N], -float("inf"), tl.float32)
                 _, chosen_by = nearer(x, c, bias, 0, nothing, tl.zeros([BLOCK_N], tl.int32))
             chosen = (chosen_by[None, :] == clusters[:, None]) & inside[None, :]
-            total += tl.dot(chosen.to(x.dtype), x, input_precision="ieee")
-            count += tl.sum(chosen.to(tl.int32), 1)
+            total = tl.dot(tl.where(chosen, 1.0, 0.0).to(x.dtype), x, total, input_precision="ieee")
+            place = chosen_by - tile * BLOCK_C
+            count += tl.histogram(place, BLOCK_C, mask=inside & (place >= 0) & (place < BLOCK_C))
         exists = clusters < num_clusters
         rows = head.to(tl.int64) * num_sums + chunk_field(chunks, chunk, CHUNK_ROW) + clusters
         dims = tl.arange(0, BLOCK_D)

@@ -11,6 +11,8 @@ from muse_hf import MuseConfig, Segments, muse_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = MuseConfig.paper(local_block=16, num_clusters=6, backend="triton")
+# Few clusters, for tests that run several times.
+SMALL = CONFIG.replace(num_clusters=2)
 # Triton's interpreter multiplies bfloat16 as if it were integers.
 LOW = (torch.float16, torch.bfloat16) if torch.cuda.is_available() else (torch.float16,)
 NAMES = ("output", "logsumexp", "query gradient", "key gradient", "value gradient")
@@ -138,7 +140,7 @@ def test_operators_are_declared_rightly(is_causal):
 
 
 def test_compiled_in_one_graph_and_checkpointed():
-    tensors = inputs(queries=40, keys=40)[:3]
+    tensors = inputs(queries=34, keys=34)[:3]
     compiled = torch.compile(square_sum, fullgraph=True, backend="aot_eager")
     checkpointed = partial(checkpoint, square_sum, use_reentrant=False)
     gradients = []
@@ -150,7 +152,7 @@ def test_compiled_in_one_graph_and_checkpointed():
 
 
 def square_sum(query, key, value):
-    return muse_attention(query, key, value, is_causal=True, config=CONFIG).square().sum()
+    return muse_attention(query, key, value, is_causal=True, config=SMALL).square().sum()
 
 
 @pytest.mark.parametrize(
@@ -169,5 +171,5 @@ def test_what_is_not_served_is_refused(is_causal, changes, reason):
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_the_same_inputs_give_the_same_bits(is_causal):
     tensors = inputs(queries=34, keys=34)
-    for first, second in zip(results(tensors, is_causal, CONFIG), results(tensors, is_causal, CONFIG)):
+    for first, second in zip(results(tensors, is_causal, SMALL), results(tensors, is_causal, SMALL)):
         assert torch.equal(first, second)

@@ -486,9 +486,7 @@ def summaries_backward(
             GROUP_HEADS=groups, SIZE=head_dim**2, BLOCK_X=tile, BLOCK_E=64,
         )  # fmt: skip
     means = (None, None) if summaries.means is None else summaries.means
-    tiles = _tiles(key, sets) | {"num_stages": 1}
-    if key.element_size() == 2:  # three programs of 4 warps, or one of 8, share a multiprocessor
-        tiles |= {"maxnreg": 168} if tiles["BLOCK_D"] <= 64 else {"BLOCK_M": 32, "maxnreg": 255}
+    tiles = _key_backward_tiles(key, sets)
     _key_backward_kernel[(sets.num_key_rows, kv_heads)](
         key, value, sets.table, sets.set_of_row, members, held, centroids, summaries.log_mass,
         grads.key_mean, grads.value_mean, grads.constant, grad_covariance, *means, grad_key, grad_value,
@@ -509,6 +507,18 @@ def _mix(key, sets, log_mass, log_total, held, source, target, groups, **flags):
         sets.num_query_rows, sets.num_pairs, tiles, GROUP_HEADS=groups, SIZE=size, PART=part, BLOCK_X=tile,
         BLOCK_E=_MIXED, ONE_TILE=tiles == 1, **flags,
     )  # fmt: skip
+
+
+def _key_backward_tiles(key: torch.Tensor, sets: PointSets) -> dict[str, int]:
+    tiles = _tiles(key, sets) | {"num_stages": 1}
+    if key.element_size() == 2 and tiles["BLOCK_D"] <= 64:
+        return tiles | {"maxnreg": 168}  # three programs share a multiprocessor
+    if key.element_size() == 2 and tiles["BLOCK_D"] == 128:
+        # 168 KiB of shared memory, which not all GPUs have, or 48 KiB.
+        roomy = key.is_cuda and torch.cuda.get_device_capability(key.device)[0] in (9, 10)
+        smaller = {} if roomy else {"BLOCK_A": min(32, tiles["BLOCK_A"]), "BLOCK_E": 64}
+        return tiles | {"BLOCK_M": 32} | smaller
+    return tiles
 
 
 def _tiles(key: torch.Tensor, sets: PointSets) -> dict[str, int]:

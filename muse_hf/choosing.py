@@ -204,12 +204,13 @@ class Candidate:
     Attributes:
         config: The setting; None is exact attention.
         ms: Time of a forward pass of the model, without its language-model head, on one row.
-        harm: As in `LayerProfile`, for the whole model.
+        harm, harm_error: As in `LayerProfile`, for the whole model.
     """
 
     config: MuseConfig | None
     ms: float
     harm: float
+    harm_error: float
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ class Recommendation:
     Attributes:
         best: The fastest candidate within the budget.
         candidates: All that were tried, exact attention first, then from fast to slow.
-        budget: Largest harm allowed.
+        budget: Largest harm allowed, with its standard error on top.
         rows, length, device: What they were measured on.
     """
 
@@ -242,15 +243,16 @@ class Recommendation:
         exact = self.candidates[0]
         lines = [
             f"measured on {self.rows} x {self.length} tokens on {self.device}, one setting in all layers",
-            f"{'local_block':>11}{'cluster_size':>14}{'num_retrieved':>15}{'harm':>11}{'forward':>14}",
+            f"{'local_block':>11}{'cluster_size':>14}{'num_retrieved':>15}{'harm':>20}{'forward':>14}",
         ]
         for candidate in self.candidates:
             numbers = f"{'exact':>11}{'':29}"
             if config := candidate.config:
                 numbers = f"{config.local_block:11}{config.cluster_size:14}{config.num_retrieved:15}"
             mark = " *" if candidate == self.best else ""
-            lines.append(f"{numbers}{candidate.harm:+11.3%}{candidate.ms:11.1f} ms{mark}")
-        within = sum(candidate.harm <= self.budget for candidate in self.candidates[1:])
+            harm = f"{candidate.harm:+.3%} ± {candidate.harm_error:.3%}"
+            lines.append(f"{numbers}{harm:>20}{candidate.ms:11.1f} ms{mark}")
+        within = sum(c.harm + c.harm_error <= self.budget for c in self.candidates[1:])
         lines.append(f"{within} of {len(self.candidates) - 1} settings stay within {self.budget:.3%}.")
         if self.best.config is None:
             lines.append(f"None of them is faster than exact attention at {self.length} tokens: keep it.")
@@ -278,32 +280,24 @@ def recommend_config(
     Errors as in `profile_layers`.
     """
     base = transformers_model(model)
-    input_ids = check_input(base, input_ids, [])
+    check_budget(max_loss_increase)
+    check_windows(base.config, list(range(base.config.num_hidden_layers)))
+    input_ids = check_input(base, input_ids, [MuseConfig(local_block=_LOCAL_BLOCKS[0])])
     settings = [
-        _used_from(
-            MuseConfig(local_block=block, cluster_size=size, num_retrieved=keys // size),
-            input_ids.shape[1],
-            base.device,
-        )
+        MuseConfig(local_block=block, cluster_size=size, num_retrieved=keys // size)
         for block, size, keys in product(_LOCAL_BLOCKS, _CLUSTER_SIZES, _RETRIEVED_KEYS)
         if block < input_ids.shape[1]
     ]
-    check_budget(max_loss_increase)
-    check_windows(base.config, list(range(base.config.num_hidden_layers)))
-    input_ids = check_input(base, input_ids, settings or [MuseConfig(local_block=_LOCAL_BLOCKS[0])])
+    settings = [_used_from(config, input_ids.shape[1], base.device) for config in settings]
     forward = partial(hidden_states, base, input_ids[:1])
     with temporary_policy(base):
         quality = Quality(base, input_ids)
-        exact = Candidate(None, milliseconds(forward, base.device), 0.0)
-        tried = [
-            Candidate(
-                config=config,
-                harm=quality.change(config).harm,
-                ms=milliseconds(forward, base.device),
-            )
-            for config in logging.tqdm(settings, desc="Trying settings", unit="setting", leave=False)
-        ]
-    within = [candidate for candidate in tried if candidate.harm <= max_loss_increase]
+        exact = Candidate(None, milliseconds(forward, base.device), 0.0, 0.0)
+        tried = []
+        for config in logging.tqdm(settings, desc="Trying settings", unit="setting", leave=False):
+            _, harm, harm_error = quality.change(config)
+            tried.append(Candidate(config, milliseconds(forward, base.device), harm, harm_error))
+    within = [candidate for candidate in tried if candidate.harm + candidate.harm_error <= max_loss_increase]
     return Recommendation(
         best=min([exact, *within], key=lambda candidate: candidate.ms),
         candidates=[exact, *sorted(tried, key=lambda candidate: candidate.ms)],

@@ -1,8 +1,4 @@
-"""The Triton backend of the default setting: all stages in order, forward and backward.
-
-Under torch.compile both are custom operators, single nodes of the graph whatever they launch. Calling these
-costs the host a millisecond, so that without a compiler an autograd.Function calls the same code.
-"""
+"""The Triton backend of the default setting: all stages in order, forward and backward."""
 
 from collections.abc import Sequence
 from itertools import chain
@@ -11,30 +7,19 @@ import torch
 from muse_hf.kernels.clustering import PADDING, Clusters, cluster_keys
 from muse_hf.kernels.layout import count_clusters, layout_of
 from muse_hf.kernels.local import local_backward, local_forward
+from muse_hf.kernels.operators import AttentionOp, laid_out_like, reason_against_inputs
 from muse_hf.kernels.refinement import num_words, refine
 from muse_hf.kernels.refinement_backward import output_delta, query_backward, summary_backward
 from muse_hf.kernels.retrieval import Items, retrieve, retrieve_backward, sort_items
 from muse_hf.kernels.selection import MOST_RETRIEVED, list_choice
-from torch.autograd.function import once_differentiable
-from triton import knobs
 
 from muse_hf.config import MuseConfig
-
-_LARGEST_HEAD_DIM = 256
-# Kernels run on the CPU if Triton was told so before it was imported.
-_INTERPRETED = knobs.runtime.interpret
 
 
 def reason_against(query: torch.Tensor, key: torch.Tensor, is_causal: bool, config: MuseConfig) -> str | None:
     """Why these kernels cannot serve a call, or None if they can. Shapes as in `triton_attention`."""
-    if not query.is_cuda and not _INTERPRETED:
-        return f"they need a CUDA device, the inputs are on {query.device.type!r}"
-    if query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
-        return "they need compute capability 8.0 or newer"
-    if query.dtype == torch.float64:
-        return "they do not compute in float64"
-    if query.shape[3] > _LARGEST_HEAD_DIM:
-        return f"head_dim {query.shape[3]} is larger than {_LARGEST_HEAD_DIM}"
+    if reason := reason_against_inputs(query):
+        return reason
     if not is_causal or config.summaries != "plain" or config.hierarchy != "flat":
         return 'they serve causal attention with summaries="plain" and hierarchy="flat" so far'
     if config.num_retrieved > MOST_RETRIEVED:
@@ -63,8 +48,7 @@ def triton_attention(
     """
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     block = config.local_block
-    attend = _attention if torch.compiler.is_compiling() else _Attend.apply
-    output, _, row_lse, *_ = attend(
+    output, _, row_lse, *_ = OP(
         query, key, value, scale, [*chain.from_iterable(sequences)], block, config.clusters_for(block),
         config.capacity_for(block), config.kmeans_iters, config.num_retrieved,
     )  # fmt: skip
@@ -109,11 +93,7 @@ def forward(
     return [output, lse, row_lse, chosen, choice, *items, *clusters]
 
 
-_attention = torch.library.custom_op("muse_hf::flat_attention", forward, mutates_args=())
-
-
-@_attention.register_fake
-def _(query, key, value, scale, sequences, block, clusters_per_block, capacity, iters, num_retrieved):
+def fake(query, key, value, scale, sequences, block, clusters_per_block, capacity, iters, num_retrieved):
     batch, heads, length, head_dim = query.shape
     kv_heads, tokens = key.shape[1], batch * length
     num_clusters, max_seen = count_clusters(sequences, block, clusters_per_block)
@@ -147,17 +127,15 @@ def backward(
     value: torch.Tensor,
     output: torch.Tensor,
     lse: torch.Tensor,
-    chosen: torch.Tensor,
-    choice: torch.Tensor,
-    items: list[torch.Tensor],
-    clusters: list[torch.Tensor],
+    saved: list[torch.Tensor],
     scale: float,
     sequences: Sequence[int],
     block: int,
     clusters_per_block: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key and value."""
-    items, clusters = Items(*items), Clusters(*clusters)
+    """Gradients of query, key and value. `saved` is what `forward` returns behind the logsumexps."""
+    chosen, choice, *rest = saved
+    items, clusters = Items(*rest[:2]), Clusters(*rest[2:])
     tokens = query.shape[0] * query.shape[2]
     layout = layout_of(tuple(sequences), tokens, block, clusters_per_block, query.device)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
@@ -168,53 +146,7 @@ def backward(
     )
     query_backward(query, clusters, layout, chosen, grad, lse, delta, grads[0], scale, block)
     retrieve_backward(query, key, value, grad, lse, delta, clusters, choice, items, grad_means, grads, scale)
-    return tuple(_laid_out_like(share, tensor) for share, tensor in zip(grads, (query, key, value)))
+    return tuple(laid_out_like(share, tensor) for share, tensor in zip(grads, (query, key, value)))
 
 
-_attention_backward = torch.library.custom_op("muse_hf::flat_attention_backward", backward, mutates_args=())
-
-
-def _laid_out_like(share: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """With the strides that the fake kernel promises, those that library kernels choose as a rule."""
-    promised = torch.empty_like(tensor)
-    return share if share.stride() == promised.stride() else promised.copy_(share)
-
-
-@_attention_backward.register_fake
-def _(grad, query, key, value, *_):
-    return tuple(torch.empty_like(tensor) for tensor in (query, key, value))
-
-
-def _save(ctx, inputs, output):
-    query, key, value, *settings = inputs
-    merged, lse, _, *rest = output
-    ctx.save_for_backward(query, key, value, merged, lse, *rest)
-    ctx.settings = settings[:4]
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx, grad, run):
-    if grad is None:
-        return (None,) * 10
-    query, key, value, output, lse, chosen, choice, *rest = ctx.saved_tensors
-    shares = run(grad, query, key, value, output, lse, chosen, choice, rest[:2], rest[2:], *ctx.settings)
-    return *shares, *(None,) * 7
-
-
-_attention.register_autograd(
-    lambda ctx, grads: _gradients(ctx, grads[0], _attention_backward), setup_context=_save
-)
-
-
-class _Attend(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        results = forward(*inputs)
-        _save(ctx, inputs, results)
-        ctx.mark_non_differentiable(*results[1:])
-        return tuple(results)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, *_):
-        return _gradients(ctx, grad, backward)
+OP = AttentionOp("muse_hf::flat_attention", forward, fake, backward, num_kept=4)

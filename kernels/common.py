@@ -5,8 +5,6 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Logits this far below the largest of their row are told apart no further when clusters are selected.
-RANGE = tl.constexpr(32.0)
 
 
 def power_of_two(number: int, least: int = 16) -> int:
@@ -72,44 +70,6 @@ def ordered(x):
     """float32 to uint32 in the same order. No number becomes 0."""
     bits = x.to(tl.int32, bitcast=True)
     return tl.where(bits < 0, ~bits, bits | -2147483648).to(tl.uint32, bitcast=True)
-
-
-@triton.jit
-def rank_keys(x, BITS: tl.constexpr):
-    """Keys of BITS bits for `largest`, from logits (R, K) that are -inf (key 0) where there is none.
-
-    32 bits keep every difference. Fewer count down from the largest logit of the row in equal steps to
-    RANGE below it, where all that is smaller shares the last step: 2^-9 of a nat with 14 bits.
-    """
-    if BITS == 32:
-        return tl.where(x > -float("inf"), ordered(x), 0)
-    top = tl.max(x, 1)
-    steps = (1 << BITS) - 2
-    fraction = tl.minimum((top[:, None] - x) * (1 / RANGE), 1.0)
-    return tl.where(x > -float("inf"), (steps * (1 - fraction)).to(tl.uint32) + 1, 0)
-
-
-@triton.jit
-def largest(keys, count, BITS: tl.constexpr):
-    """True at the `count` largest keys of each row, the first among equals; key 0 is never taken.
-
-    The threshold is found bit by bit, which needs no sorting and no memory.
-
-    Args:
-        keys: (R, K) or (K,) uint32, of which the lower BITS may be set.
-        count: How many of each row.
-    """
-    axis: tl.constexpr = len(keys.shape) - 1
-    threshold = tl.sum(keys * 0, axis, keep_dims=True)  # zeros, laid out like the sums below
-    one = threshold + 1
-    for i in range(BITS):
-        trial = threshold | (one << (BITS - 1 - i))
-        enough = tl.sum((keys >= trial).to(tl.int32), axis, keep_dims=True) >= count
-        threshold = tl.where(enough, trial, threshold)
-    above = keys > threshold
-    equal = (keys == threshold) & (keys > 0)
-    needed = count - tl.sum(above.to(tl.int32), axis, keep_dims=True)
-    return above | (equal & (tl.cumsum(equal.to(tl.int32), axis) <= needed))
 
 
 @triton.jit

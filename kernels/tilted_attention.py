@@ -1,8 +1,7 @@
 """MuSe attention with tilted summaries and without retrieval, the paper's setting: forward and backward.
 
 Acausal, all queries and keys of a batch row meet at once. Causal, they meet in the blocks of dyadic levels,
-and exact local attention is joined with them. As in `muse_hf.kernels.attention`, forward and backward are
-custom operators under torch.compile.
+and exact local attention is joined with them.
 """
 
 from collections.abc import Sequence
@@ -10,22 +9,17 @@ from functools import lru_cache
 from itertools import chain
 
 import torch
-from muse_hf.kernels import attention
-from muse_hf.kernels.attention import _laid_out_like
 from muse_hf.kernels.capacity import members_with_capacity
 from muse_hf.kernels.kmeans import Groups, kmeans, sort_by_cluster
 from muse_hf.kernels.levels import Levels, add_levels, dyadic_levels, dyadic_sets, merge_levels, num_levels
 from muse_hf.kernels.local import local_backward, local_forward
+from muse_hf.kernels.operators import AttentionOp, laid_out_like, reason_against_inputs
 from muse_hf.kernels.point_sets import PointSet, PointSets, point_sets, sizes_of
 from muse_hf.kernels.refinement_backward import output_delta
 from muse_hf.kernels.tilted_refinement import query_grad_dtype, refine, refine_backward
 from muse_hf.kernels.tilted_summaries import Summaries, summaries_backward, summarise
-from torch.autograd.function import once_differentiable
 
 from muse_hf.config import MuseConfig
-
-# Arguments of `forward` that are not tensors.
-_NUM_SETTINGS = 8
 
 
 def reason_against(query: torch.Tensor, key: torch.Tensor, is_causal: bool, config: MuseConfig) -> str | None:
@@ -34,7 +28,7 @@ def reason_against(query: torch.Tensor, key: torch.Tensor, is_causal: bool, conf
         return 'they serve summaries="tilted" with num_retrieved=0'
     if is_causal and config.hierarchy != "dyadic":
         return 'they serve causal attention with summaries="tilted" and hierarchy="dyadic" only'
-    return attention.reason_against(query, key, True, MuseConfig(num_retrieved=0))
+    return reason_against_inputs(query)
 
 
 def triton_tilted_attention(
@@ -62,8 +56,7 @@ def triton_tilted_attention(
         blocks = [config.local_block << level for level in range(num_levels(longest, config.local_block))]
     else:
         blocks = [key.shape[2], query.shape[2]]
-    attend = _attention if torch.compiler.is_compiling() else _Attend.apply
-    output, _, row_lse, *_ = attend(
+    output, _, row_lse, *_ = OP(
         query, key, value, scale, [*chain.from_iterable(sequences)], config.local_block,
         [config.clusters_for(block) for block in blocks], [config.capacity_for(block) for block in blocks],
         config.query_centroids == "own", config.kmeans_iters, config.multipole == "dipole",
@@ -148,11 +141,7 @@ def forward(
     return [*results, centroids, members, held, *groups, *(x for x in summaries if x is not None)]
 
 
-_attention = torch.library.custom_op("muse_hf::tilted_attention", forward, mutates_args=())
-
-
-@_attention.register_fake
-def _(query, key, value, scale, sequences, block, clusters, capacities, own, kmeans_iters, dipole):
+def fake(query, key, value, scale, sequences, block, clusters, capacities, own, kmeans_iters, dipole):
     batch, heads, length, head_dim = query.shape
     kv_heads = key.shape[1]
     if sequences:
@@ -222,7 +211,7 @@ def backward(
     summaries_backward(key, value, sets, members, held, centroids, scale, summaries, summary_grads, *rows[1:])
     if levels is None:
         grads = (share.to(tensor.dtype) for share, tensor in zip(grads, tensors))
-        return tuple(_laid_out_like(share, tensor) for share, tensor in zip(grads, tensors))
+        return tuple(laid_out_like(share, tensor) for share, tensor in zip(grads, tensors))
     local = local_backward(grad, query, key, value, output, lse, levels.layout, scale, block)
     parts = (levels.query_parts, levels.key_parts, levels.key_parts)
     shares = zip(parts, local, rows, tensors)
@@ -234,43 +223,4 @@ def _rows_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.transpose(0, 1).flatten(1, 2)
 
 
-_attention_backward = torch.library.custom_op("muse_hf::tilted_attention_backward", backward, mutates_args=())
-
-
-@_attention_backward.register_fake
-def _(grad, query, key, value, *_):
-    return tuple(torch.empty_like(tensor) for tensor in (query, key, value))
-
-
-def _save(ctx, inputs, output):
-    query, key, value, *settings = inputs
-    merged, lse, _, *rest = output
-    ctx.save_for_backward(query, key, value, merged, lse, *rest)
-    ctx.settings = settings[:6]
-    ctx.set_materialize_grads(False)
-
-
-def _gradients(ctx, grad, run):
-    if grad is None:
-        return (None,) * (3 + _NUM_SETTINGS)
-    query, key, value, output, lse, *saved = ctx.saved_tensors
-    return *run(grad, query, key, value, output, lse, saved, *ctx.settings), *(None,) * _NUM_SETTINGS
-
-
-_attention.register_autograd(
-    lambda ctx, grads: _gradients(ctx, grads[0], _attention_backward), setup_context=_save
-)
-
-
-class _Attend(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, *inputs):
-        results = forward(*inputs)
-        _save(ctx, inputs, results)
-        ctx.mark_non_differentiable(*results[1:])
-        return tuple(results)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, *_):
-        return _gradients(ctx, grad, backward)
+OP = AttentionOp("muse_hf::tilted_attention", forward, fake, backward, num_kept=6)

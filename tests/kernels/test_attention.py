@@ -93,7 +93,7 @@ def test_low_precision_costs_no_more_than_in_pytorch(dtype):
     config = CONFIG.replace(num_retrieved=3)
     leaves = [tensor.requires_grad_() for tensor in leaves]
     scale, block = 0.25, config.local_block
-    stages = attention._Attend.apply(
+    stages = attention.OP(
         *leaves, scale, [0, 52], block, config.clusters_for(block), config.capacity_for(block), 1, 3
     )
     actual = [stages[0], stages[2], *torch.autograd.grad(stages[0], leaves, grad)]
@@ -179,7 +179,7 @@ def test_operators_are_declared_rightly():
     query, key, value, _ = inputs(length=40)
     leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(attention._attention, (*leaves, 0.25, [0, 40], 16, 4, 6, 1, 2), test_utils=tests)
+    torch.library.opcheck(attention.OP.operator, (*leaves, 0.25, [0, 40], 16, 4, 6, 1, 2), test_utils=tests)
 
 
 def test_compiled_in_one_graph():

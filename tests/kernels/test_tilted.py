@@ -136,7 +136,7 @@ def test_operators_are_declared_rightly(is_causal):
     levels = ([0, 40], 16, [3, 3], [9, 17]) if is_causal else ([], 16, [3, 3], [21, 21])
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     arguments = (*leaves, 0.25, *levels, False, 1, True)
-    torch.library.opcheck(tilted_attention._attention, arguments, test_utils=tests)
+    torch.library.opcheck(tilted_attention.OP.operator, arguments, test_utils=tests)
 
 
 def test_compiled_in_one_graph_and_checkpointed():

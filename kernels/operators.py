@@ -1,0 +1,102 @@
+"""What the attention ops share: which inputs kernels serve, and how forward and backward become one op."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+from triton import knobs
+
+LARGEST_HEAD_DIM = 256
+# Kernels run on the CPU if Triton was told so before it was imported.
+_INTERPRETED = knobs.runtime.interpret
+
+
+def reason_against_inputs(query: torch.Tensor) -> str | None:
+    """Why no kernel can serve a query (B, H, N, D), whatever the setting; None if there is no reason."""
+    if not query.is_cuda and not _INTERPRETED:
+        return f"they need a CUDA device, the inputs are on {query.device.type!r}"
+    if query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
+        return "they need compute capability 8.0 or newer"
+    if query.dtype == torch.float64:
+        return "they do not compute in float64"
+    if query.shape[3] > LARGEST_HEAD_DIM:
+        return f"head_dim {query.shape[3]} is larger than {LARGEST_HEAD_DIM}"
+    return None
+
+
+class AttentionOp:
+    """Attention made of a forward and a backward function, differentiable in query, key and value.
+
+    Under torch.compile both are custom operators, single nodes of the graph whatever they launch. Calling
+    these costs the host a millisecond, so that without a compiler an autograd.Function calls the same code.
+
+    Args:
+        name: Of the operators, "namespace::name".
+        forward: (query, key, value, *settings) -> [output, logsumexp as kernels index it, logsumexp (B, H, N)
+            as users do, *saved]. No two results may share memory.
+        fake: The same for shapes, dtypes and strides only.
+        backward: (grad, query, key, value, output, logsumexp, saved, *the first settings) -> the gradients of
+            query, key and value, laid out like them.
+        num_kept: How many of the settings the backward pass takes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        forward: Callable[..., list[torch.Tensor]],
+        fake: Callable[..., list[torch.Tensor]],
+        backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+        num_kept: int,
+    ):
+        self.operator = torch.library.custom_op(name, forward, mutates_args=())
+        self.operator.register_fake(fake)
+        backward_operator = torch.library.custom_op(f"{name}_backward", backward, mutates_args=())
+        backward_operator.register_fake(_fake_gradients)
+
+        def save(ctx: Any, inputs: tuple, output: list[torch.Tensor]) -> None:
+            merged, lse, _, *saved = output
+            ctx.save_for_backward(*inputs[:3], merged, lse, *saved)
+            ctx.kept, ctx.num_settings = inputs[3 : 3 + num_kept], len(inputs) - 3
+            ctx.set_materialize_grads(False)
+
+        def gradients(ctx: Any, grad: torch.Tensor | None, run: Callable) -> tuple:
+            if grad is None:
+                return (None,) * (3 + ctx.num_settings)
+            query, key, value, output, lse, *saved = ctx.saved_tensors
+            shares = run(grad, query, key, value, output, lse, saved, *ctx.kept)
+            return *shares, *(None,) * ctx.num_settings
+
+        self.operator.register_autograd(
+            lambda ctx, grads: gradients(ctx, grads[0], backward_operator), setup_context=save
+        )
+
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, *inputs):
+                results = forward(*inputs)
+                save(ctx, inputs, results)
+                ctx.mark_non_differentiable(*results[1:])
+                return tuple(results)
+
+            @staticmethod
+            @once_differentiable
+            def backward(ctx, grad, *_):
+                return gradients(ctx, grad, backward)
+
+        self.function = Function
+
+    def __call__(self, *inputs: Any) -> tuple[torch.Tensor, ...] | list[torch.Tensor]:
+        """The results of `forward`, of which the output records a gradient."""
+        attend = self.operator if torch.compiler.is_compiling() else self.function.apply
+        return attend(*inputs)
+
+
+def _fake_gradients(grad, query, key, value, *_):
+    return tuple(torch.empty_like(tensor) for tensor in (query, key, value))
+
+
+def laid_out_like(share: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A gradient with the strides that its fake promises, those that library kernels choose as a rule."""
+    promised = torch.empty_like(tensor)
+    return share if share.stride() == promised.stride() else promised.copy_(share)

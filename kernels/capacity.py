@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from muse_hf.kernels.common import load_tokens, ordered, plane_of, power_of_two
 from muse_hf.kernels.kmeans import Groups, nearer
+from muse_hf.kernels.launch import launch
 from muse_hf.kernels.point_sets import (
     CAPACITY,
     CLUSTERS,
@@ -231,12 +232,14 @@ def members_with_capacity(
     members = torch.full((heads, sets.num_slots), -1, dtype=torch.int32, device=key.device)
     held = members.new_empty(heads, sets.num_key_rows)
     sizes = (sets.num_rows, sets.num_key_rows, sets.num_points, sets.num_slots)
-    _accept_kernel[(sets.num_key_rows, heads)](
+    launch(
+        _accept_kernel, (sets.num_key_rows, heads),
         sets.table, sets.set_of_row, label, groups.order, near, groups.first, groups.count,
         members, held, *sizes, BLOCK_N=1024,
     )  # fmt: skip
     bins = power_of_two(sets.max_clusters)
-    _rehouse_kernel[(sets.num_key_sets, heads)](
+    launch(
+        _rehouse_kernel, (sets.num_key_sets, heads),
         key, sets.table, centroids, label, groups.order, near, members, held,
         *key.stride()[:3], *sizes, ROUNDS=ROUNDS - 1, HEAD_DIM=head_dim, BLOCK_D=power_of_two(head_dim),
         BLOCK_N=64, BLOCK_P=2048, BLOCK_C=min(64, bins), BINS=bins, LOG_BINS=bins.bit_length() - 1,

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 from muse_hf.kernels.common import load_tokens, ordered, plane_of, power_of_two
+from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.point_sets import (
     CHUNK_BEGIN,
     CHUNK_END,
@@ -311,12 +312,14 @@ def kmeans(query: torch.Tensor, key: torch.Tensor, sets: PointSets, iters: int) 
             label = None
             if not one_tile:
                 label = _assign(query, key, sets, sets.sources, sets.num_source_points, centroids, **start)[0]
-            _sums_kernel[(sets.sources.shape[0], triton.cdiv(sets.max_clusters, tiles["BLOCK_C"]), heads)](
+            launch(
+                _sums_kernel, (sets.sources.shape[0], ceil_div(sets.max_clusters, tiles["BLOCK_C"]), heads),
                 query, key, sets.table, sets.sources, centroids, label, sums, counts, *strides, key.shape[1],
                 sets.num_rows, sets.num_source_points, sets.num_sums,
                 LABELLED=not one_tile, **start, **tiles,
             )  # fmt: skip
-        _means_kernel[(sets.table.shape[0], triton.cdiv(sets.max_clusters, block_c), heads)](
+        launch(
+            _means_kernel, (sets.table.shape[0], ceil_div(sets.max_clusters, block_c), heads),
             query, key, sets.table, centroids, sums, counts, *strides, key.shape[1],
             sets.num_rows, sets.num_sums, **start, **dims, BLOCK_C=block_c,
         )  # fmt: skip
@@ -338,7 +341,8 @@ def sort_by_cluster(
     )
     order, near_sorted = torch.empty_like(label), torch.empty_like(near)
     first, count = (label.new_empty(query.shape[1], sets.num_rows) for _ in range(2))
-    _sort_kernel[(sets.targets.shape[0], query.shape[1])](
+    launch(
+        _sort_kernel, (sets.targets.shape[0], query.shape[1]),
         sets.table, sets.targets, label, near, rank, counts, order, near_sorted, first, count,
         key.shape[1], sets.num_rows, sets.num_points, sets.num_counts,
         BLOCK_N=_SORT_TILE, BINS=power_of_two(sets.max_clusters),
@@ -351,7 +355,8 @@ def _assign(query, key, sets, chunks, num_points, centroids, **flags):
     heads, tiles = query.shape[1], _tiles(query, sets)
     label, near, rank = torch.empty(3, heads, num_points, dtype=torch.int32, device=query.device)
     counts = label.new_empty(heads, sets.num_counts)
-    _assign_kernel[(chunks.shape[0], heads)](
+    launch(
+        _assign_kernel, (chunks.shape[0], heads),
         query, key, sets.table, chunks, centroids, label, near, rank, counts,
         *query.stride()[:3], *key.stride()[:3], key.shape[1], sets.num_rows, num_points, sets.num_counts,
         ONE_TILE=sets.max_clusters <= tiles["BLOCK_C"], BINS=power_of_two(sets.max_clusters),

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from muse_hf.kernels.common import load_tokens, plane_of, power_of_two, store_tokens
+from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.layout import Layout, layout_of
 from muse_hf.kernels.point_sets import PointSet, PointSets, point_sets
 
@@ -199,7 +200,8 @@ def merge_levels(
         output.zero_()
         lse.fill_(torch.inf)
         row_lse.zero_()
-    _merge_kernel[_grid(layout, block, heads)](
+    launch(
+        _merge_kernel, _grid(layout, block, heads),
         layout.block_start, layout.block_length, *levels.query_parts, local, local_lse, parts, part_lse,
         output, lse, row_lse, *local.stride()[:3], *output.stride()[:3], length, lse.shape[1],
         part_lse.shape[1], **_tiles(head_dim, block),
@@ -214,7 +216,8 @@ def add_levels(
     heads, length, head_dim = local.shape[1:]
     layout = levels.layout
     total = torch.empty_like(like) if layout.outside is None else torch.zeros_like(like)
-    _add_kernel[_grid(layout, block, heads)](
+    launch(
+        _add_kernel, _grid(layout, block, heads),
         layout.block_start, layout.block_length, *parts_of, local, parts, total,
         *local.stride()[:3], *total.stride()[:3], length, parts.shape[1], **_tiles(head_dim, block),
     )  # fmt: skip
@@ -222,7 +225,7 @@ def add_levels(
 
 
 def _grid(layout: Layout, block: int, heads: int) -> tuple[int, int, int]:
-    return triton.cdiv(block, _tile(block)), heads, layout.block_start.shape[0]
+    return ceil_div(block, _tile(block)), heads, layout.block_start.shape[0]
 
 
 def _tiles(head_dim: int, block: int) -> dict[str, int]:

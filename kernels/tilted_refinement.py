@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from muse_hf.kernels.common import LOG2_E, load_tokens, plane_of, power_of_two, store_tokens
 from muse_hf.kernels.kmeans import Groups
+from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.point_sets import (
     CLUSTERS,
     FIRST_PAIR,
@@ -259,7 +260,8 @@ def refine(
         query: (B, H, Q, D).
     """
     sizes = (sets.num_key_sets, sets.num_key_rows, sets.num_rows, sets.num_key_points, sets.num_points)
-    _forward_kernel[(sets.num_query_rows, query.shape[1])](
+    launch(
+        _forward_kernel, (sets.num_query_rows, query.shape[1]),
         query, sets.table, sets.set_of_row, *groups, centroids,
         summaries.log_mass, summaries.key_mean, summaries.value_mean, summaries.dipole, output, lse,
         *query.stride()[:3], *output.stride()[:2], *sizes, sets.num_pairs, scale,
@@ -291,7 +293,8 @@ def refine_backward(
     tiles = _tiles(query, sets)
     sizes = (sets.num_key_sets, sets.num_key_rows, sets.num_rows, sets.num_key_points, sets.num_points)
     strides = *query.stride()[:3], *grad.stride()[:3]
-    _backward_kernel[(sets.num_query_rows, heads)](
+    launch(
+        _backward_kernel, (sets.num_query_rows, heads),
         query, grad, delta, lse, part_lse, sets.table, sets.set_of_row, *groups, centroids,
         summaries.log_mass, summaries.key_mean, summaries.value_mean, summaries.dipole, grad_query,
         grads.key_mean, grads.value_mean, grads.constant, grads.product, *strides, *grad_query.stride()[:2],
@@ -299,8 +302,9 @@ def refine_backward(
     )  # fmt: skip
     if dipole:
         del tiles["BLOCK_C"], tiles["ONE_TILE"]
-        parts = triton.cdiv(tiles["HEAD_DIM"], tiles["BLOCK_E"])
-        _dipole_backward_kernel[(sets.num_query_rows, parts, heads)](
+        parts = ceil_div(tiles["HEAD_DIM"], tiles["BLOCK_E"])
+        launch(
+            _dipole_backward_kernel, (sets.num_query_rows, parts, heads),
             query, grad, part_lse, lse, sets.table, sets.set_of_row, *groups, centroids,
             grads.dipole, *strides, *sizes, length, lse.shape[1], scale, **tiles,
         )  # fmt: skip

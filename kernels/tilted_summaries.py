@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from muse_hf.kernels.common import LOG2_E, load_tokens, plane_of, power_of_two, store_tokens
+from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.point_sets import (
     CAPACITY,
     CLUSTERS,
@@ -448,12 +449,13 @@ def summarise(
         moment = key.new_empty(heads, sets.num_query_rows, head_dim, head_dim)
         log_total = key.new_empty(heads, sets.num_query_rows, dtype=torch.float32)
     tiles = _tiles(key, sets)
-    tiles_of_centroids = triton.cdiv(sets.max_clusters, tiles["BLOCK_A"])
+    tiles_of_centroids = ceil_div(sets.max_clusters, tiles["BLOCK_A"])
     groups = heads // kv_heads
     if key.element_size() == 2 and tiles["BLOCK_D"] > 64:
         tiles["maxnreg"] = 128  # two programs of 8 warps share a multiprocessor
-    parts = groups * tiles_of_centroids + (triton.cdiv(head_dim, tiles["BLOCK_E"]) if dipole else 0)
-    _summary_kernel[(sets.num_key_rows, parts, kv_heads)](
+    parts = groups * tiles_of_centroids + (ceil_div(head_dim, tiles["BLOCK_E"]) if dipole else 0)
+    launch(
+        _summary_kernel, (sets.num_key_rows, parts, kv_heads),
         key, value, sets.table, sets.set_of_row, members, held, centroids, log_mass, key_mean, value_mean,
         covariance, *((None, None) if means is None else means), *key.stride()[:3], *value.stride()[:3],
         sets.num_key_sets, sets.num_key_rows, sets.num_rows, sets.num_slots, sets.num_pairs,
@@ -479,15 +481,17 @@ def summaries_backward(
         masses = (summaries.log_mass, summaries.log_total)
         _mix(key, sets, *masses, held, grads.dipole, grad_covariance, groups, TO_KEYS=True)
         tile = min(32, power_of_two(sets.max_clusters))
-        tiles_of_clusters = triton.cdiv(sets.max_clusters, tile)
-        _constant_kernel[(tiles_of_clusters**2, sets.num_key_sets, heads)](
+        tiles_of_clusters = ceil_div(sets.max_clusters, tile)
+        launch(
+            _constant_kernel, (tiles_of_clusters**2, sets.num_key_sets, heads),
             sets.table, summaries.covariance, grads.dipole, *masses, grads.product, grads.constant,
             sets.num_key_sets, sets.num_key_rows, sets.num_query_rows, sets.num_pairs, tiles_of_clusters,
             GROUP_HEADS=groups, SIZE=head_dim**2, BLOCK_X=tile, BLOCK_E=64,
         )  # fmt: skip
     means = (None, None) if summaries.means is None else summaries.means
     tiles = _key_backward_tiles(key, sets)
-    _key_backward_kernel[(sets.num_key_rows, kv_heads)](
+    launch(
+        _key_backward_kernel, (sets.num_key_rows, kv_heads),
         key, value, sets.table, sets.set_of_row, members, held, centroids, summaries.log_mass,
         grads.key_mean, grads.value_mean, grads.constant, grad_covariance, *means, grad_key, grad_value,
         *key.stride()[:3], *value.stride()[:3], *grad_key.stride()[:2], *grad_value.stride()[:2],
@@ -499,10 +503,11 @@ def summaries_backward(
 
 def _mix(key, sets, log_mass, log_total, held, source, target, groups, **flags):
     size = key.shape[3] ** 2
-    part = triton.cdiv(size, _PARTS * _MIXED) * _MIXED
+    part = ceil_div(size, _PARTS * _MIXED) * _MIXED
     tile = min(_TILE, power_of_two(sets.max_clusters))
-    tiles = triton.cdiv(sets.max_clusters, tile)
-    _mix_kernel[(triton.cdiv(size, part) * tiles, sets.num_key_sets, log_mass.shape[0])](
+    tiles = ceil_div(sets.max_clusters, tile)
+    launch(
+        _mix_kernel, (ceil_div(size, part) * tiles, sets.num_key_sets, log_mass.shape[0]),
         sets.table, log_mass, log_total, held, source, target, sets.num_key_sets, sets.num_key_rows,
         sets.num_query_rows, sets.num_pairs, tiles, GROUP_HEADS=groups, SIZE=size, PART=part, BLOCK_X=tile,
         BLOCK_E=_MIXED, ONE_TILE=tiles == 1, **flags,

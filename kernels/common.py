@@ -7,6 +7,11 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
+def has_much_shared_memory(tensor: torch.Tensor) -> bool:
+    """Whether a program may use more than 99 KiB, up to 227, of it."""
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] in (9, 10)
+
+
 def power_of_two(number: int, least: int = 16) -> int:
     """The next power of two, and at least what a matrix product needs."""
     return max(least, 1 << (number - 1).bit_length())
@@ -86,6 +91,16 @@ def load_tokens(plane, tokens, mask, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl
     if HEAD_DIM % BLOCK_D == 0:
         return tl.load(at, mask=mask[:, None], other=0)
     return tl.load(at, mask=mask[:, None] & (dims < HEAD_DIM)[None, :], other=0)
+
+
+@triton.jit
+def gather_tokens(plane, tokens, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, first=0):
+    """`load_tokens` where all tokens exist: masks cost registers and instructions."""
+    dims = first + tl.arange(0, BLOCK_D)
+    at = plane + tokens.to(tl.int64)[:, None] * stride + dims[None, :]
+    if HEAD_DIM % BLOCK_D == 0:
+        return tl.load(at)
+    return tl.load(at, mask=(dims < HEAD_DIM)[None, :], other=0)
 
 
 @triton.jit

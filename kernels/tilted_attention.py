@@ -16,7 +16,7 @@ from muse_hf.kernels.local import local_backward, local_forward
 from muse_hf.kernels.operators import AttentionOp, laid_out_like, reason_against_inputs
 from muse_hf.kernels.point_sets import PointSet, PointSets, point_sets, sizes_of
 from muse_hf.kernels.refinement_backward import output_delta
-from muse_hf.kernels.tilted_refinement import query_grad_dtype, refine, refine_backward
+from muse_hf.kernels.tilted_refinement import refine, refine_backward
 from muse_hf.kernels.tilted_summaries import Summaries, summaries_backward, summarise
 
 from muse_hf.config import MuseConfig
@@ -195,22 +195,18 @@ def backward(
     groups, summaries = Groups(*saved[:3]), Summaries(*saved[3:])
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     tensors = (query, key, value)
-    dtypes = (query_grad_dtype(query, sets), key.dtype, value.dtype)
     if levels is None:
-        shapes = [tensor.transpose(1, 2).shape for tensor in tensors]
-        grads = [query.new_empty(s, dtype=dtype).transpose(1, 2) for s, dtype in zip(shapes, dtypes)]
+        grads = [tensor.new_empty(tensor.transpose(1, 2).shape).transpose(1, 2) for tensor in tensors]
         rows = [_rows_of(tensor) for tensor in grads]
     else:
         num_points = (sets.num_query_points, sets.num_key_points, sets.num_key_points)
-        shapes = [(t.shape[1], points, t.shape[3]) for t, points in zip(tensors, num_points)]
-        rows = [query.new_empty(s, dtype=dtype) for s, dtype in zip(shapes, dtypes)]
+        rows = [t.new_empty(t.shape[1], points, t.shape[3]) for t, points in zip(tensors, num_points)]
     delta = output_delta(output, grad)
     summary_grads = refine_backward(
         query, grad, delta, lse, part_lse, sets, groups, centroids, summaries, rows[0], scale
     )
     summaries_backward(key, value, sets, members, held, centroids, scale, summaries, summary_grads, *rows[1:])
     if levels is None:
-        grads = (share.to(tensor.dtype) for share, tensor in zip(grads, tensors))
         return tuple(laid_out_like(share, tensor) for share, tensor in zip(grads, tensors))
     local = local_backward(grad, query, key, value, output, lse, levels.layout, scale, block)
     parts = (levels.query_parts, levels.key_parts, levels.key_parts)

@@ -13,7 +13,14 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from muse_hf.kernels.common import LOG2_E, load_tokens, plane_of, power_of_two, store_tokens
+from muse_hf.kernels.common import (
+    LOG2_E,
+    has_much_shared_memory,
+    load_tokens,
+    plane_of,
+    power_of_two,
+    store_tokens,
+)
 from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.point_sets import (
     CAPACITY,
@@ -519,9 +526,7 @@ def _key_backward_tiles(key: torch.Tensor, sets: PointSets) -> dict[str, int]:
     if key.element_size() == 2 and tiles["BLOCK_D"] <= 64:
         return tiles | {"maxnreg": 168}  # three programs share a multiprocessor
     if key.element_size() == 2 and tiles["BLOCK_D"] == 128:
-        # 168 KiB of shared memory, which not all GPUs have, or 48 KiB.
-        roomy = key.is_cuda and torch.cuda.get_device_capability(key.device)[0] in (9, 10)
-        smaller = {} if roomy else {"BLOCK_A": min(32, tiles["BLOCK_A"]), "BLOCK_E": 64}
+        smaller = {} if has_much_shared_memory(key) else {"BLOCK_A": min(32, tiles["BLOCK_A"]), "BLOCK_E": 64}
         return tiles | {"BLOCK_M": 32} | smaller
     return tiles
 

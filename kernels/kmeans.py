@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from muse_hf.kernels.common import load_tokens, ordered, plane_of, power_of_two
+from muse_hf.kernels.common import gather_tokens, load_tokens, ordered, plane_of, power_of_two
 from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.point_sets import (
     CHUNK_BEGIN,
@@ -130,26 +130,25 @@ def _sums_kernel(
                 START_TOKENS, HEAD_DIM, BLOCK_D, BLOCK_C,
             )  # fmt: skip
         total = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
-        count = tl.zeros([BLOCK_C], tl.int32)
+        count = tl.zeros([BLOCK_C, 16], tl.float32)  # in 16 equal columns: as a product it needs no reduction
         for first in range(begin, end, BLOCK_N):
             tokens = first + tl.arange(0, BLOCK_N)
-            inside = tokens < end
-            x = load_tokens(plane, tokens, inside, stride, HEAD_DIM, BLOCK_D)
+            x = gather_tokens(plane, tl.minimum(tokens, end - 1), stride, HEAD_DIM, BLOCK_D)
             if LABELLED:
-                chosen_by = tl.load(labels + tokens, mask=inside, other=-1)
+                chosen_by = tl.load(labels + tokens, mask=tokens < end, other=-1)
             else:
                 nothing = tl.full([BLOCK_N], -float("inf"), tl.float32)
                 _, chosen_by = nearer(x, c, bias, 0, nothing, tl.zeros([BLOCK_N], tl.int32))
-            chosen = (chosen_by[None, :] == clusters[:, None]) & inside[None, :]
-            total = tl.dot(tl.where(chosen, 1.0, 0.0).to(x.dtype), x, total, input_precision="ieee")
-            place = chosen_by - tile * BLOCK_C
-            count += tl.histogram(place, BLOCK_C, mask=inside & (place >= 0) & (place < BLOCK_C))
+                chosen_by = tl.where(tokens < end, chosen_by, -1)
+            chosen = (chosen_by[None, :] == clusters[:, None]).to(x.dtype)
+            total = tl.dot(chosen, x, total, input_precision="ieee")
+            count = tl.dot(chosen, tl.full([BLOCK_N, 16], 1, x.dtype), count, input_precision="ieee")
         exists = clusters < num_clusters
         rows = head.to(tl.int64) * num_sums + chunk_field(chunks, chunk, CHUNK_ROW) + clusters
         dims = tl.arange(0, BLOCK_D)
         at = rows[:, None] * HEAD_DIM + dims[None, :]
         tl.store(sums + at, total, mask=exists[:, None] & (dims < HEAD_DIM)[None, :])
-        tl.store(counts + rows, count, mask=exists)
+        tl.store(counts + rows, tl.max(count, 1).to(tl.int32), mask=exists)
 
 
 @triton.jit
@@ -316,7 +315,7 @@ def kmeans(query: torch.Tensor, key: torch.Tensor, sets: PointSets, iters: int) 
                 _sums_kernel, (sets.sources.shape[0], ceil_div(sets.max_clusters, tiles["BLOCK_C"]), heads),
                 query, key, sets.table, sets.sources, centroids, label, sums, counts, *strides, key.shape[1],
                 sets.num_rows, sets.num_source_points, sets.num_sums,
-                LABELLED=not one_tile, **start, **tiles,
+                LABELLED=not one_tile, **start, **tiles, num_stages=2,
             )  # fmt: skip
         launch(
             _means_kernel, (sets.table.shape[0], ceil_div(sets.max_clusters, block_c), heads),
@@ -368,9 +367,11 @@ def _assign(query, key, sets, chunks, num_points, centroids, **flags):
 def _tiles(query: torch.Tensor, sets: PointSets) -> dict[str, int]:
     head_dim = query.shape[3]
     block_d = power_of_two(head_dim)
+    row_bytes = block_d * query.element_size()
     return {
         "HEAD_DIM": head_dim,
         "BLOCK_D": block_d,
-        "BLOCK_N": 64,
-        "BLOCK_C": min(_LARGEST_TILE, power_of_two(sets.max_clusters)),
+        "BLOCK_N": min(64, max(16, (1 << 14) // row_bytes)),
+        "BLOCK_C": min(_LARGEST_TILE, max(16, (1 << 15) // row_bytes), power_of_two(sets.max_clusters)),
+        "num_warps": 4 if row_bytes <= 256 else 8,
     }

@@ -8,7 +8,7 @@ what is left then fills the free places in order.
 import torch
 import triton
 import triton.language as tl
-from muse_hf.kernels.common import load_tokens, ordered, plane_of, power_of_two
+from muse_hf.kernels.common import gather_tokens, load_tokens, ordered, plane_of, power_of_two
 from muse_hf.kernels.kmeans import Groups, nearer
 from muse_hf.kernels.launch import launch
 from muse_hf.kernels.point_sets import (
@@ -95,8 +95,9 @@ def _list_homeless(label, homeless, first_point, many, BLOCK_N: tl.constexpr):
 def _rehouse_kernel(
     key, table, centroids, label, homeless, near, members, held,
     stride_b, stride_h, stride_n, num_rows, num_key_rows, num_points, num_slots,
-    ROUNDS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BINS: tl.constexpr, LOG_BINS: tl.constexpr,
+    ROUNDS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_X: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BINS: tl.constexpr,
+    LOG_BINS: tl.constexpr,
 ):  # fmt: skip
     """The other rounds, and the free places for what is still homeless. One program a set and head.
 
@@ -122,17 +123,17 @@ def _rehouse_kernel(
     if found > 0:
         _list_homeless(choice, homeless, first_point, set_field(table, number, NUM_POINTS), BLOCK_P)
         tl.debug_barrier()
-    lane, wide_lane = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P)
+    token_lane, lane, wide_lane = tl.arange(0, BLOCK_X), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P)
     for _ in range(ROUNDS):
         if found > 0:
             room = tl.where(exists, capacity - taken, 0)
             # Choose: the nearest cluster with room.
-            for p in range(0, found, BLOCK_N):
-                inside = p + lane < found
-                tokens = tl.load(homeless + p + lane, mask=inside, other=0) + token_of_point
-                x = load_tokens(plane, tokens, inside, stride_n, HEAD_DIM, BLOCK_D)
-                best = tl.full([BLOCK_N], -float("inf"), tl.float32)
-                labels = tl.zeros([BLOCK_N], tl.int32)
+            for p in range(0, found, BLOCK_X):
+                inside = p + token_lane < found
+                tokens = tl.load(homeless + tl.minimum(p + token_lane, found - 1)) + token_of_point
+                x = gather_tokens(plane, tokens, stride_n, HEAD_DIM, BLOCK_D)
+                best = tl.full([BLOCK_X], -float("inf"), tl.float32)
+                labels = tl.zeros([BLOCK_X], tl.int32)
                 for first in range(0, num_clusters, BLOCK_C):
                     clusters = first + tl.arange(0, BLOCK_C)
                     c = load_tokens(
@@ -149,8 +150,8 @@ def _rehouse_kernel(
                     best, labels = nearer(x, c, bias, first, best, labels)
                 wide = x.to(tl.float32)
                 closeness = ordered(best - 0.5 * tl.sum(wide * wide, 1)).to(tl.int32, bitcast=True)
-                tl.store(choice + p + lane, tl.minimum(labels, num_clusters - 1), mask=inside)
-                tl.store(near + p + lane, closeness, mask=inside)
+                tl.store(choice + p + token_lane, tl.minimum(labels, num_clusters - 1), mask=inside)
+                tl.store(near + p + token_lane, closeness, mask=inside)
             tl.debug_barrier()
             # The least closeness that each cluster accepts, two bits at a time, and how many it accepts of
             # those that are just as near.
@@ -237,12 +238,13 @@ def members_with_capacity(
         sets.table, sets.set_of_row, label, groups.order, near, groups.first, groups.count,
         members, held, *sizes, BLOCK_N=1024,
     )  # fmt: skip
-    bins = power_of_two(sets.max_clusters)
+    bins, block_d = power_of_two(sets.max_clusters), power_of_two(head_dim)
+    block_x = max(16, min(256, (1 << 15) // (block_d * key.element_size())))  # 32 KiB
     launch(
         _rehouse_kernel, (sets.num_key_sets, heads),
         key, sets.table, centroids, label, groups.order, near, members, held,
-        *key.stride()[:3], *sizes, ROUNDS=ROUNDS - 1, HEAD_DIM=head_dim, BLOCK_D=power_of_two(head_dim),
-        BLOCK_N=64, BLOCK_P=2048, BLOCK_C=min(64, bins), BINS=bins, LOG_BINS=bins.bit_length() - 1,
-        num_warps=16,
+        *key.stride()[:3], *sizes, ROUNDS=ROUNDS - 1, HEAD_DIM=head_dim, BLOCK_D=block_d,
+        BLOCK_X=block_x, BLOCK_N=64, BLOCK_P=2048, BLOCK_C=min(64, bins), BINS=bins,
+        LOG_BINS=bins.bit_length() - 1, num_warps=16, num_stages=2,
     )  # fmt: skip
     return members, held

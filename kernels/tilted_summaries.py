@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from muse_hf.kernels.common import (
     LOG2_E,
+    gather_tokens,
     has_much_shared_memory,
     load_tokens,
     plane_of,
@@ -98,12 +99,11 @@ def _summarise(
     v_mean = tl.zeros([BLOCK_A, BLOCK_D], tl.float32)
     for m in range(0, held, BLOCK_M):
         places = m + tl.arange(0, BLOCK_M)
-        filled = places < held
-        tokens = tl.load(slots + places, mask=filled, other=0) + token_of_point
-        k = load_tokens(keys, tokens, filled, stride_kn, HEAD_DIM, BLOCK_D)
-        v = load_tokens(values, tokens, filled, stride_vn, HEAD_DIM, BLOCK_D)
+        tokens = tl.load(slots + tl.minimum(places, held - 1)) + token_of_point
+        k = gather_tokens(keys, tokens, stride_kn, HEAD_DIM, BLOCK_D)
+        v = gather_tokens(values, tokens, stride_vn, HEAD_DIM, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E)
-        s = tl.where(filled[None, :], s, -float("inf"))
+        s = tl.where((places < held)[None, :], s, -float("inf"))
         new_top = tl.maximum(top, tl.max(s, 1))
         w = tl.exp2(s - new_top[:, None])
         shrink = tl.exp2(top - new_top)
@@ -466,7 +466,7 @@ def summarise(
         key, value, sets.table, sets.set_of_row, members, held, centroids, log_mass, key_mean, value_mean,
         covariance, *((None, None) if means is None else means), *key.stride()[:3], *value.stride()[:3],
         sets.num_key_sets, sets.num_key_rows, sets.num_rows, sets.num_slots, sets.num_pairs,
-        tiles_of_centroids, scale, DIPOLE=dipole, GROUP_HEADS=groups, **tiles,
+        tiles_of_centroids, scale, DIPOLE=dipole, GROUP_HEADS=groups, num_stages=2, **tiles,
     )  # fmt: skip
     if dipole:
         _mix(key, sets, log_mass, log_total, held, covariance, moment, groups, TO_KEYS=False)

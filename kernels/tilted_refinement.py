@@ -358,6 +358,8 @@ def refine_backward(
     clusters = (sets.table, sets.set_of_row, *groups, centroids)
     strides = *query.stride()[:3], *grad.stride()[:3]
     rows = (sets.num_key_rows, sets.num_rows, sets.num_key_points, sets.num_points)
+    # A warp for 16 rows of the products: more would do the same work again.
+    warps = block_c // 16 if query.element_size() == 2 else tiles["num_warps"]
     sorted_lse, slope = lse.new_empty(2, heads, sets.num_query_points)
     launch(
         _query_backward_kernel, (sets.num_query_rows, heads),
@@ -371,13 +373,13 @@ def refine_backward(
         _summary_backward_kernel, (sets.num_query_rows, ceil_div(sets.max_clusters, block_c), heads),
         query, grad, sorted_lse, slope, *clusters, *summaries[:3],
         grads.key_mean, grads.value_mean, grads.constant, *strides, sets.num_key_sets, *rows, sets.num_pairs,
-        scale, HEAD_DIM=tiles["HEAD_DIM"], BLOCK_D=tiles["BLOCK_D"], BLOCK_Q=min(32, tiles["BLOCK_Q"]),
-        BLOCK_C=block_c, num_warps=tiles["num_warps"], num_stages=2, **_FEW_REGISTERS[tiles["BLOCK_D"] <= 64],
+        scale, HEAD_DIM=tiles["HEAD_DIM"], BLOCK_D=tiles["BLOCK_D"], BLOCK_C=block_c,
+        BLOCK_Q=min(32, block_c), num_warps=warps, num_stages=2, **_FEW_REGISTERS[tiles["BLOCK_D"] <= 64],
     )  # fmt: skip
     if dipole:
         block_e = min(2 * tiles["BLOCK_E"], tiles["BLOCK_D"])
         launch(
-        _dipole_backward_kernel, (sets.num_query_rows, ceil_div(tiles["HEAD_DIM"], block_e), heads),
+            _dipole_backward_kernel, (sets.num_query_rows, ceil_div(tiles["HEAD_DIM"], block_e), heads),
             query, grad, part_lse, lse, *clusters, grads.dipole, *strides, *rows, length, lse.shape[1], scale,
             **{**tiles, "BLOCK_E": block_e, "num_warps": 4 if tiles["BLOCK_D"] <= 64 else 8},
         )  # fmt: skip

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from triton.runtime.jit import JITFunction
 
-# Compiled kernels and their constants, by all that Triton specializes a kernel on.
+# Compiled kernels, which keep their source alive, and constants: by all that Triton specializes a kernel on.
 _compiled: dict[tuple, tuple] = {}
 
 

@@ -1,0 +1,53 @@
+"""What `launch` keeps, with a stand-in for a kernel: the interpreter compiles nothing."""
+
+import torch
+from muse_hf.kernels.launch import ceil_div, launch
+
+
+class Kernel:
+    """Writes down what it is launched with, the first time and from then on."""
+
+    arg_names = ("x", "number", "absent", "BLOCK")
+
+    def __init__(self):
+        self.compiled, self.launched = [], []
+
+    def __getitem__(self, grid):
+        def run(*args, **constants):
+            self.compiled.append((grid, args, constants))
+            return Compiled(self)
+
+        return run
+
+
+class Compiled:
+    def __init__(self, kernel):
+        self.kernel = kernel
+
+    def __getitem__(self, grid):
+        return lambda *args: self.kernel.launched.append((grid, args))
+
+
+def test_arguments_of_one_kind_are_compiled_for_once():
+    kernel, x, y = Kernel(), torch.zeros(4), torch.zeros(4)
+    launch(kernel, (3,), x, 5, None, num_warps=4, BLOCK=16)
+    launch(kernel, (2, 7), y, 6, None, num_warps=4, BLOCK=16)
+    assert len(kernel.compiled) == 1
+    ((grid, args),) = kernel.launched
+    assert grid[:3] == (2, 7, 1), "grids have three dimensions"
+    assert args[0] is y
+    assert args[1:] == (6, None, 16), "all parameters in their order, without options"
+
+
+def test_all_that_kernels_are_specialized_on_compiles_anew():
+    kernel, x = Kernel(), torch.zeros(8)
+    kinds = [(x, 5, None, 16), (x, 1, None, 16), (x, 32, None, 16), (x, 1 << 31, None, 16), (x, 5, None, 32)]
+    kinds += [(x[1:], 5, None, 16), (x.half(), 5, None, 16), (x, 5, x, 16), (x, 5, 7, 16)]
+    for _ in range(2):
+        for *args, block in kinds:
+            launch(kernel, (1,), *args, BLOCK=block)
+    assert len(kernel.compiled) == len(kernel.launched) == len(kinds)
+
+
+def test_ceil_div():
+    assert [ceil_div(n, 4) for n in (0, 1, 4, 5)] == [0, 1, 1, 2]

@@ -9,6 +9,7 @@ import triton.language as tl
 from muse_hf.kernels.capacity import members_with_capacity
 from muse_hf.kernels.common import load_tokens, plane_of, power_of_two
 from muse_hf.kernels.kmeans import kmeans, sort_by_cluster
+from muse_hf.kernels.launch import launch
 from muse_hf.kernels.point_sets import (
     CAPACITY,
     FIRST_POINT,
@@ -100,7 +101,8 @@ def cluster_keys(
         torch.zeros(rows, head_dim, dtype=dtype, device=key.device)
         for dtype in (key.dtype, key.dtype, spread)
     )
-    _means_kernel[(sets.num_key_rows, heads)](
+    launch(
+        _means_kernel, (sets.num_key_rows, heads),
         key, value, sets.table, sets.set_of_row, members, count, log_mass, key_mean, value_mean,
         key_variance, *key.stride()[:3], *value.stride()[:3], sets.num_slots,
         HEAD_DIM=head_dim, BLOCK_D=power_of_two(head_dim), BLOCK_M=power_of_two(capacity),

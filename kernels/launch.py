@@ -27,9 +27,10 @@ def launch(kernel: JITFunction, grid: tuple[int, ...], *args: Any, **constants: 
     key = (id(kernel), args[0].device, *kinds, *constants.values())
     found = _compiled.get(key)
     if found is None:
+        values = [constants[name] for name in kernel.arg_names[len(args) :]]
         compiled = kernel[grid](*args, **constants)
         if compiled is not None:  # the interpreter has nothing to keep
-            _compiled[key] = compiled, [constants[name] for name in kernel.arg_names[len(args) :]]
+            _compiled[key] = compiled, values
         return
     compiled, values = found
     compiled[(*grid, 1, 1)](*args, *values)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from muse_hf.kernels.clustering import Clusters
 from muse_hf.kernels.common import LOG2_E, choose_launch, load_rows, power_of_two, store_rows, token_strides
+from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.layout import Layout
 from muse_hf.kernels.selection import keep_largest, number_of_bits, take_first, threshold_of
 from muse_hf.kernels.summaries import TILE, load_summaries, rows_at, summary_logits
@@ -154,13 +155,13 @@ def refine(
     batch, heads, length, head_dim = query.shape
     words = num_words(layout.max_seen, num_retrieved)
     chosen = torch.empty(heads, batch * length, words, dtype=torch.int32, device=query.device)
-    launch = choose_launch(query, _LAUNCH, _WIDE_LAUNCH, _PRECISE_LAUNCH)
-    grid = (triton.cdiv(block, launch["BLOCK_Q"]), heads, layout.block_start.shape[0])
-    _forward_kernel[grid](
+    settings = choose_launch(query, _LAUNCH, _WIDE_LAUNCH, _PRECISE_LAUNCH)
+    launch(
+        _forward_kernel, (ceil_div(block, settings["BLOCK_Q"]), heads, layout.block_start.shape[0]),
         query, clusters.key_mean, clusters.value_mean, clusters.key_variance, clusters.log_mass,
         *layout.query_blocks, local, local_lse, output, lse, chosen, *token_strides(query, local, output),
         batch * length, clusters.count.shape[1], num_retrieved, scale,
         GROUP_HEADS=heads // clusters.count.shape[0], HEAD_DIM=head_dim, BLOCK_D=power_of_two(head_dim),
-        STEPS=28 if query.dtype == torch.float32 else 16, WORDS=words, **launch,
+        STEPS=28 if query.dtype == torch.float32 else 16, WORDS=words, **settings,
     )  # fmt: skip
     return chosen

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from muse_hf.kernels.clustering import Clusters
 from muse_hf.kernels.common import LOG2_E, choose_launch, load_rows, power_of_two, store_rows, token_strides
+from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.layout import Layout
 from muse_hf.kernels.summaries import TILE, is_chosen, load_summaries, rows_at, summary_logits
 
@@ -136,7 +137,8 @@ def output_delta(output: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
     batch, heads, length, head_dim = output.shape
     num_tokens = batch * length
     delta = torch.empty(heads, num_tokens, dtype=torch.float32, device=output.device)
-    _delta_kernel[(triton.cdiv(num_tokens, 64), heads)](
+    launch(
+        _delta_kernel, (ceil_div(num_tokens, 64), heads),
         output, grad, delta, *token_strides(output, grad), num_tokens,
         HEAD_DIM=head_dim, BLOCK_D=power_of_two(head_dim), BLOCK_Q=64,
     )  # fmt: skip
@@ -148,11 +150,13 @@ def query_backward(
     lse: torch.Tensor, delta: torch.Tensor, grad_query: torch.Tensor, scale: float, block: int,
 ) -> None:  # fmt: skip
     """Add the gradient through the summaries to the local one in grad_query (B, H, N, D)."""
-    launch = choose_launch(query, _QUERY_LAUNCH, _QUERY_LAUNCH, _PRECISE_QUERY_LAUNCH)
-    _query_backward_kernel[_query_grid(query, layout, block, launch["BLOCK_Q"])](
+    settings = choose_launch(query, _QUERY_LAUNCH, _QUERY_LAUNCH, _PRECISE_QUERY_LAUNCH)
+    launch(
+        _query_backward_kernel,
+        (ceil_div(block, settings["BLOCK_Q"]), query.shape[1], layout.block_start.shape[0]),
         query, clusters.key_mean, clusters.value_mean, clusters.log_mass, *layout.query_blocks, chosen,
         grad, lse, delta, grad_query, *token_strides(query, grad, grad_query), *_sizes(query, clusters),
-        scale, **_tiles(query, clusters, chosen), **launch,
+        scale, **_tiles(query, clusters, chosen), **settings,
     )  # fmt: skip
 
 
@@ -166,22 +170,19 @@ def summary_backward(
     groups = query.shape[1] // kv_heads
     tiles = layout.summary_tiles
     num_tiles = tiles.first.shape[0]
-    launch = choose_launch(query, _SUMMARY_LAUNCH, _WIDE_SUMMARY_LAUNCH, _PRECISE_SUMMARY_LAUNCH)
-    shares = triton.cdiv(query.shape[2], launch["BLOCK_Q"])  # of a row's queries, at most
-    splits = min(shares, triton.cdiv(_PROGRAMS, num_tiles * query.shape[1]))
+    settings = choose_launch(query, _SUMMARY_LAUNCH, _WIDE_SUMMARY_LAUNCH, _PRECISE_SUMMARY_LAUNCH)
+    shares = ceil_div(query.shape[2], settings["BLOCK_Q"])  # of a row's queries, at most
+    splits = min(shares, ceil_div(_PROGRAMS, num_tiles * query.shape[1]))
     parts = torch.empty(
         2, groups * splits, kv_heads, num_clusters, head_dim, dtype=torch.float32, device=query.device
     )
-    _summary_backward_kernel[(num_tiles, groups * splits, kv_heads)](
+    launch(
+        _summary_backward_kernel, (num_tiles, groups * splits, kv_heads),
         query, clusters.key_mean, clusters.value_mean, clusters.log_mass, *tiles, chosen, grad, lse, delta,
         *parts, *token_strides(query, grad), *_sizes(query, clusters), kv_heads, splits, scale, block,
-        clusters_per_block, **_tiles(query, clusters, chosen), **launch,
+        clusters_per_block, **_tiles(query, clusters, chosen), **settings,
     )  # fmt: skip
     return tuple(parts.sum(1))
-
-
-def _query_grid(query: torch.Tensor, layout: Layout, block: int, block_q: int) -> tuple[int, int, int]:
-    return triton.cdiv(block, block_q), query.shape[1], layout.block_start.shape[0]
 
 
 def _sizes(query: torch.Tensor, clusters: Clusters) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from muse_hf.kernels.common import (
     store_rows,
     token_strides,
 )
+from muse_hf.kernels.launch import ceil_div, launch
 
 # Partial outputs that exist at once. Key/value heads are worked through in parts of this size.
 _PARTIAL_BYTES = 1 << 30
@@ -271,14 +272,15 @@ def retrieve(
     num_retrieved = choice.shape[2]
     if not num_retrieved:
         return
-    launch = choose_launch(query, _FORWARD, _FORWARD, _PRECISE)
+    settings = choose_launch(query, _FORWARD, _FORWARD, _PRECISE)
     for kv_heads in _parts(query, key, num_retrieved):
         partial = query.new_empty(len(kv_heads), items.order.shape[1], query.shape[3])
         partial_lse = torch.empty(partial.shape[:2], dtype=torch.float32, device=query.device)
-        _retrieve_kernel[(clusters.count.shape[1], _SPLITS, len(kv_heads))](
+        launch(
+            _retrieve_kernel, (clusters.count.shape[1], _SPLITS, len(kv_heads)),
             query, key, value, clusters.members, clusters.count, *items, partial, partial_lse,
             *token_strides(query, key, value), *_sizes(query, clusters), kv_heads.start, scale,
-            **_tiles(query, clusters, num_retrieved), SPLIT=_SPLITS, **launch,
+            **_tiles(query, clusters, num_retrieved), SPLIT=_SPLITS, **settings,
         )  # fmt: skip
         _over_queries(_merge_kernel, query, key, kv_heads, num_retrieved)(
             partial, partial_lse, choice, output, lse, *token_strides(output)
@@ -300,13 +302,14 @@ def retrieve_backward(
     """
     num_retrieved = choice.shape[2]
     strides = token_strides(query, key, value, grad, *grads[1:])
-    launch = choose_launch(query, _BACKWARD, _WIDE_BACKWARD, _PRECISE)
+    settings = choose_launch(query, _BACKWARD, _WIDE_BACKWARD, _PRECISE)
     for kv_heads in _parts(query, key, num_retrieved):
         partial = query.new_empty(len(kv_heads), items.order.shape[1], query.shape[3])
-        _retrieve_backward_kernel[(clusters.count.shape[1], len(kv_heads))](
+        launch(
+            _retrieve_backward_kernel, (clusters.count.shape[1], len(kv_heads)),
             query, key, value, grad, lse, delta, clusters.members, clusters.count, *items, *grad_means,
             partial, *grads[1:], *strides, *_sizes(query, clusters), kv_heads.start, scale,
-            **_tiles(query, clusters, num_retrieved), **launch,
+            **_tiles(query, clusters, num_retrieved), **settings,
         )  # fmt: skip
         if num_retrieved:
             _over_queries(_add_kernel, query, key, kv_heads, num_retrieved)(
@@ -322,14 +325,15 @@ def _over_queries(kernel, query: torch.Tensor, key: torch.Tensor, kv_heads: rang
     block_d, block_r = power_of_two(head_dim), power_of_two(num_retrieved)
     block_q = max(1, _MERGED // (block_d * block_r))
 
-    def launch(*arguments) -> None:
-        kernel[(triton.cdiv(num_tokens, block_q), groups * len(kv_heads))](
+    def over_queries(*arguments) -> None:
+        launch(
+            kernel, (ceil_div(num_tokens, block_q), groups * len(kv_heads)),
             *arguments, num_tokens, groups * kv_heads.start,
             NUM_RETRIEVED=num_retrieved, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_Q=block_q, BLOCK_R=block_r,
             num_warps=4,
         )  # fmt: skip
 
-    return launch
+    return over_queries
 
 
 def _parts(query: torch.Tensor, key: torch.Tensor, num_retrieved: int) -> list[range]:

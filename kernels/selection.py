@@ -9,6 +9,7 @@ and the first r of these are taken.
 import torch
 import triton
 import triton.language as tl
+from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.layout import Layout
 from muse_hf.kernels.summaries import TILE
 
@@ -97,7 +98,9 @@ def list_choice(chosen: torch.Tensor, layout: Layout, num_retrieved: int, block:
     choice = torch.full((heads, num_tokens, num_retrieved), -1, dtype=torch.int32, device=chosen.device)
     if not num_retrieved:
         return choice
-    _list_kernel[(triton.cdiv(block, _LISTED["BLOCK_Q"]), heads, layout.block_start.shape[0])](
-        chosen, *layout.query_blocks, choice, num_tokens, num_retrieved, WORDS=num_words, **_LISTED
-    )
+    grid = (ceil_div(block, _LISTED["BLOCK_Q"]), heads, layout.block_start.shape[0])
+    launch(
+        _list_kernel, grid,
+        chosen, *layout.query_blocks, choice, num_tokens, num_retrieved, WORDS=num_words, **_LISTED,
+    )  # fmt: skip
     return choice

@@ -6,12 +6,15 @@ from itertools import chain
 import torch
 from muse_hf.kernels.clustering import PADDING, Clusters, cluster_keys
 from muse_hf.kernels.layout import count_clusters, layout_of
-from muse_hf.kernels.local import local_backward, local_forward
-from muse_hf.kernels.operators import AttentionOp, laid_out_like, reason_against_inputs
+from muse_hf.kernels.local import local_forward
+from muse_hf.kernels.local_backward import local_backward
+from muse_hf.kernels.operators import AttentionOp, reason_against_inputs
 from muse_hf.kernels.refinement import num_words, refine
-from muse_hf.kernels.refinement_backward import output_delta, query_backward, summary_backward
+from muse_hf.kernels.refinement_backward import query_backward, summary_backward
 from muse_hf.kernels.retrieval import Items, retrieve, retrieve_backward, sort_items
 from muse_hf.kernels.selection import MOST_RETRIEVED, list_choice
+from muse_hf.kernels.streams import beside, join
+from muse_hf.kernels.weight_terms import weight_terms
 
 from muse_hf.config import MuseConfig
 
@@ -75,13 +78,17 @@ def forward(
     batch, heads, length, head_dim = query.shape
     groups = heads // key.shape[1]
     layout = layout_of(tuple(sequences), batch * length, block, clusters_per_block, query.device)
+    with beside(query.device):
+        clusters = cluster_keys(
+            key, value, layout.key_start, block, clusters_per_block, capacity, kmeans_iters
+        )
     local, local_lse = local_forward(query, key, value, layout, scale, block)
-    clusters = cluster_keys(key, value, layout.key_start, block, clusters_per_block, capacity, kmeans_iters)
     output = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
     lse = torch.empty(heads, batch * length, device=query.device)
     if layout.outside is not None:  # λ = ∞ makes all weights and so all gradients zero
         output.zero_()
         lse.fill_(torch.inf)
+    join(query.device)
     chosen = refine(query, clusters, layout, local, local_lse, output, lse, scale, num_retrieved, block)
     choice = list_choice(chosen, layout, num_retrieved, block)
     items = sort_items(choice.unflatten(0, (-1, groups)).flatten(1, 2), clusters.count.shape[1])
@@ -139,14 +146,14 @@ def backward(
     tokens = query.shape[0] * query.shape[2]
     layout = layout_of(tuple(sequences), tokens, block, clusters_per_block, query.device)
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    delta = output_delta(output, grad)
-    grads = local_backward(grad, query, key, value, output, lse, layout, scale, block)
+    delta, terms = weight_terms(output, grad, lse)
+    grads = local_backward(grad, query, key, value, terms, layout, scale, block)
     grad_means = summary_backward(
         query, clusters, layout, chosen, grad, lse, delta, scale, block, clusters_per_block
     )
     query_backward(query, clusters, layout, chosen, grad, lse, delta, grads[0], scale, block)
     retrieve_backward(query, key, value, grad, lse, delta, clusters, choice, items, grad_means, grads, scale)
-    return tuple(laid_out_like(share, tensor) for share, tensor in zip(grads, (query, key, value)))
+    return grads
 
 
 OP = AttentionOp("muse_hf::flat_attention", forward, fake, backward, num_kept=4)

@@ -8,7 +8,6 @@ queries and keys. The parts of a token are added to its exact local attention in
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 import triton
@@ -16,19 +15,8 @@ import triton.language as tl
 from muse_hf.kernels.common import load_tokens, plane_of, power_of_two, store_tokens
 from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.layout import Layout, layout_of
+from muse_hf.kernels.local_backward import Parts
 from muse_hf.kernels.point_sets import PointSet, PointSets, point_sets
-
-
-class Parts(NamedTuple):
-    """Where the parts of the tokens of each block lie.
-
-    Attributes:
-        bounds: (Z + 1,) int32 where the parts of a block begin in `point`.
-        point: (X,) int32 number of the point of the block's first token in one level; others follow it.
-    """
-
-    bounds: torch.Tensor
-    point: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -158,26 +146,6 @@ def _merge_kernel(
     tl.store(row_lse + at, merged, mask=inside)
 
 
-@triton.jit
-def _add_kernel(
-    block_start, block_length, bounds, point, local, parts, total,
-    stride_lb, stride_lh, stride_ln, stride_tb, stride_th, stride_tn, length, num_points,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Add the parts of the levels to the local part of a tile of tokens."""
-    head = tl.program_id(1).to(tl.int64)
-    z, row, tokens, offsets, inside = _block_of(block_start, block_length, length, BLOCK_N)
-    parts += head * num_points * HEAD_DIM
-    x = load_tokens(
-        plane_of(local, row, head, stride_lb, stride_lh), tokens, inside, stride_ln, HEAD_DIM, BLOCK_D
-    ).to(tl.float32)
-    for i in range(tl.load(bounds + z), tl.load(bounds + z + 1)):
-        x += load_tokens(parts, tl.load(point + i) + offsets, inside, HEAD_DIM, HEAD_DIM, BLOCK_D)
-    store_tokens(
-        plane_of(total, row, head, stride_tb, stride_th), x, tokens, inside, stride_tn, HEAD_DIM, BLOCK_D
-    )
-
-
 def merge_levels(
     levels: Levels, block: int, local: torch.Tensor, local_lse: torch.Tensor, parts: torch.Tensor,
     part_lse: torch.Tensor,
@@ -207,21 +175,6 @@ def merge_levels(
         part_lse.shape[1], **_tiles(head_dim, block),
     )  # fmt: skip
     return output, lse, row_lse
-
-
-def add_levels(
-    levels: Levels, block: int, parts_of: Parts, local: torch.Tensor, parts: torch.Tensor, like: torch.Tensor
-) -> torch.Tensor:
-    """Local gradients (B, H, N, D) and those of the levels (H, points, D) together, laid out as `like`."""
-    heads, length, head_dim = local.shape[1:]
-    layout = levels.layout
-    total = torch.empty_like(like) if layout.outside is None else torch.zeros_like(like)
-    launch(
-        _add_kernel, _grid(layout, block, heads),
-        layout.block_start, layout.block_length, *parts_of, local, parts, total,
-        *local.stride()[:3], *total.stride()[:3], length, parts.shape[1], **_tiles(head_dim, block),
-    )  # fmt: skip
-    return total
 
 
 def _grid(layout: Layout, block: int, heads: int) -> tuple[int, int, int]:

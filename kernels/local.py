@@ -1,17 +1,12 @@
 """Exact causal attention inside the blocks of a layout: the library's kernel, which returns its logsumexp.
 
-Its backward is fed with the merged output and logsumexp and so gives the local share of the gradients. What
-the library's kernel does not serve (float32, or no GPU) takes the reference's exact attention.
+What it does not serve (float32, or no GPU) takes the reference's exact attention.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
-import torch.utils.deterministic
 from muse_hf.kernels.layout import Layout
 
-from muse_hf.reference.exact import exact_backward, exact_forward
+from muse_hf.reference.exact import exact_forward
 
 
 def local_forward(
@@ -41,60 +36,6 @@ def local_forward(
     lse = torch.zeros(*query.shape[:3], 1, device=query.device)
     _unfold(folded_lse[..., None].float(), tokens, inside, lse)
     return output, lse.transpose(0, 1).flatten(1)
-
-
-def local_backward(
-    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor,
-    lse: torch.Tensor, layout: Layout, scale: float, block: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Local share of the gradients of query, key and value, given the merged output and logsumexp."""
-    batch = query.shape[0]
-    if _has_library_kernel(query) and layout.even:
-        blocks = (_as_blocks(tensor, block) for tensor in (grad, query, key, value, output))
-        block_lse = lse.unflatten(1, (-1, block)).transpose(0, 1)[..., None].contiguous()
-        no_dropout = torch.zeros(1, dtype=torch.int64, device=query.device)  # the state of its generator
-        grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            *blocks, block_lse, no_dropout, no_dropout, None, None, None, block, block, 0.0, True, scale=scale
-        )
-        return tuple(_from_blocks(share, batch) for share in grads)
-    if _has_library_kernel(query):
-        ends = layout.bounds
-        rows = (_as_rows(tensor) for tensor in (grad, query, key, value, output))
-        state = torch.empty(2, dtype=torch.uint64, device=query.device)  # of the dropout there is none of
-        with _deterministic():
-            grads = torch.ops.aten._flash_attention_backward(
-                *rows, lse, ends, ends, block, block, 0.0, True, state, state[:0], scale=scale
-            )
-        return tuple(_from_rows(share, batch) for share in grads)
-    tokens, inside = _block_tokens(layout, block)
-    folded = (_fold(tensor, tokens, key.shape[1]) for tensor in (grad, query * scale, key, value, output))
-    g, q, k, v, o = folded
-    g = g.unflatten(0, (tokens.shape[0], -1)).mul_(inside[:, None, None, :, None]).flatten(0, 1)
-    lse_rows = lse.unflatten(1, (batch, -1)).transpose(0, 1)[..., None]
-    folded_lse = _fold(lse_rows, tokens, key.shape[1]).squeeze(-1)
-    shares = exact_backward(g, q, k[:, 0], v[:, 0], o, folded_lse, is_causal=True)
-    grads = tuple(torch.zeros_like(tensor) for tensor in (query, key, value))
-    shares = (shares[0] * scale, shares[1][:, None], shares[2][:, None])
-    for target, share in zip(grads, shares):
-        _unfold(share, tokens, inside, target)
-    return grads
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    """Flash attention adds up gradients in any order, unless PyTorch's global switch says otherwise."""
-    before = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 def _has_library_kernel(query: torch.Tensor) -> bool:

@@ -14,12 +14,12 @@ _INTERPRETED = knobs.runtime.interpret
 
 def reason_against_inputs(query: torch.Tensor) -> str | None:
     """Why no kernel can serve a query (B, H, N, D), whatever the setting; None if there is no reason."""
+    if query.dtype == torch.float64:
+        return "they do not compute in float64"
     if not query.is_cuda and not _INTERPRETED:
         return f"they need a CUDA device, the inputs are on {query.device.type!r}"
     if query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
         return "they need compute capability 8.0 or newer"
-    if query.dtype == torch.float64:
-        return "they do not compute in float64"
     if query.shape[3] > LARGEST_HEAD_DIM:
         return f"head_dim {query.shape[3]} is larger than {LARGEST_HEAD_DIM}"
     return None

@@ -117,34 +117,6 @@ def _summary_backward_kernel(
     tl.store(part_value_mean + at, dv, mask=mask)
 
 
-@triton.jit
-def _delta_kernel(
-    output, grad, delta, stride_ob, stride_oh, stride_on, stride_gb, stride_gh, stride_gn, length, num_tokens,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
-):  # fmt: skip
-    """Δ = do·o of a tile of queries."""
-    head = tl.program_id(1)
-    tokens = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    inside = tokens < num_tokens
-    o = load_rows(output, tokens, inside, head, stride_ob, stride_oh, stride_on, length, HEAD_DIM, BLOCK_D)
-    do = load_rows(grad, tokens, inside, head, stride_gb, stride_gh, stride_gn, length, HEAD_DIM, BLOCK_D)
-    total = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    tl.store(delta + head.to(tl.int64) * num_tokens + tokens, total, mask=inside)
-
-
-def output_delta(output: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """Δ = do·o, (H, B * N) float32, of an output and its gradient (B, H, N, D)."""
-    batch, heads, length, head_dim = output.shape
-    num_tokens = batch * length
-    delta = torch.empty(heads, num_tokens, dtype=torch.float32, device=output.device)
-    launch(
-        _delta_kernel, (ceil_div(num_tokens, 64), heads),
-        output, grad, delta, *token_strides(output, grad), num_tokens,
-        HEAD_DIM=head_dim, BLOCK_D=power_of_two(head_dim), BLOCK_Q=64,
-    )  # fmt: skip
-    return delta
-
-
 def query_backward(
     query: torch.Tensor, clusters: Clusters, layout: Layout, chosen: torch.Tensor, grad: torch.Tensor,
     lse: torch.Tensor, delta: torch.Tensor, grad_query: torch.Tensor, scale: float, block: int,

@@ -11,13 +11,15 @@ from itertools import chain
 import torch
 from muse_hf.kernels.capacity import members_with_capacity
 from muse_hf.kernels.kmeans import Groups, kmeans, sort_by_cluster
-from muse_hf.kernels.levels import Levels, add_levels, dyadic_levels, dyadic_sets, merge_levels, num_levels
-from muse_hf.kernels.local import local_backward, local_forward
+from muse_hf.kernels.levels import Levels, dyadic_levels, dyadic_sets, merge_levels, num_levels
+from muse_hf.kernels.local import local_forward
+from muse_hf.kernels.local_backward import local_backward
 from muse_hf.kernels.operators import AttentionOp, laid_out_like, reason_against_inputs
 from muse_hf.kernels.point_sets import PointSet, PointSets, point_sets, sizes_of
-from muse_hf.kernels.refinement_backward import output_delta
+from muse_hf.kernels.streams import beside, join
 from muse_hf.kernels.tilted_refinement import refine, refine_backward
 from muse_hf.kernels.tilted_summaries import Summaries, summaries_backward, summarise
+from muse_hf.kernels.weight_terms import weight_terms
 
 from muse_hf.config import MuseConfig
 
@@ -123,9 +125,12 @@ def forward(
     """
     batch, heads, length, head_dim = query.shape
     sets, levels = _levels(query, key, sequences, block, clusters, capacities, own)
-    centroids = kmeans(query, key, sets, kmeans_iters)
-    groups, label, near = sort_by_cluster(query, key, sets, centroids)
-    members, held = members_with_capacity(key, sets, centroids, groups, label, near)
+    with beside(query.device):
+        centroids = kmeans(query, key, sets, kmeans_iters)
+        groups, label, near = sort_by_cluster(query, key, sets, centroids)
+        members, held = members_with_capacity(key, sets, centroids, groups, label, near)
+    local = None if levels is None else local_forward(query, key, value, levels.layout, scale, block)
+    join(query.device)
     summaries = summarise(key, value, sets, members, held, centroids, scale, dipole)
     part_lse = query.new_empty(heads, sets.num_query_points, dtype=torch.float32)
     if levels is None:
@@ -136,7 +141,6 @@ def forward(
     else:
         parts = query.new_empty(heads, sets.num_query_points, head_dim)
         refine(query, sets, groups, centroids, summaries, parts, part_lse, scale)
-        local = local_forward(query, key, value, levels.layout, scale, block)
         results = [*merge_levels(levels, block, *local, parts, part_lse), part_lse]
     return [*results, centroids, members, held, *groups, *(x for x in summaries if x is not None)]
 
@@ -201,17 +205,17 @@ def backward(
     else:
         num_points = (sets.num_query_points, sets.num_key_points, sets.num_key_points)
         rows = [t.new_empty(t.shape[1], points, t.shape[3]) for t, points in zip(tensors, num_points)]
-    delta = output_delta(output, grad)
+    delta, terms = weight_terms(output, grad, lse)
     summary_grads = refine_backward(
         query, grad, delta, lse, part_lse, sets, groups, centroids, summaries, rows[0], scale
     )
     summaries_backward(key, value, sets, members, held, centroids, scale, summaries, summary_grads, *rows[1:])
     if levels is None:
         return tuple(laid_out_like(share, tensor) for share, tensor in zip(grads, tensors))
-    local = local_backward(grad, query, key, value, output, lse, levels.layout, scale, block)
-    parts = (levels.query_parts, levels.key_parts, levels.key_parts)
-    shares = zip(parts, local, rows, tensors)
-    return tuple(add_levels(levels, block, *share) for share in shares)
+    return local_backward(
+        grad, query, key, value, terms, levels.layout, scale, block,
+        (levels.query_parts, rows[0]), (levels.key_parts, *rows[1:]),
+    )  # fmt: skip
 
 
 def _rows_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,260 @@
+"""Gradients of exact causal attention inside blocks, given the merged logsumexp λ and Δ: p = exp(ℓ - λ).
+
+Library kernels would do, but they add up the gradients of queries in any order. Here one kernel takes a tile
+of queries and gives their gradients, another takes a tile of keys and gives those of keys and values, each
+in a fixed order. What other queries and keys than those of the same block have to add comes in as parts.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from muse_hf.kernels.common import (
+    LOG2_E,
+    choose_launch,
+    gather_tokens,
+    load_tokens,
+    plane_of,
+    power_of_two,
+    store_tokens,
+)
+from muse_hf.kernels.launch import ceil_div, launch
+from muse_hf.kernels.layout import Layout
+
+_QUERY_LAUNCH = {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+_KEY_LAUNCH = {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
+_PRECISE_QUERY_LAUNCH = {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1}
+_PRECISE_KEY_LAUNCH = {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1}
+
+
+class Parts(NamedTuple):
+    """Where the parts of the tokens of each block lie.
+
+    Attributes:
+        bounds: (Z + 1,) int32 where the parts of a block begin in `point`.
+        point: (X,) int32 the point of the block's first token in one part; others follow it.
+    """
+
+    bounds: torch.Tensor
+    point: torch.Tensor
+
+
+@triton.jit
+def _add_parts(
+    total, parts, bounds, point, block, head, num_points, places, inside,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Adds to the gradients of tokens of a block what lies in their parts (H, points, D), if any."""
+    if parts is not None:
+        plane = parts + head * num_points * HEAD_DIM
+        for i in range(tl.load(bounds + block), tl.load(bounds + block + 1)):
+            x = load_tokens(plane, tl.load(point + i) + places, inside, HEAD_DIM, HEAD_DIM, BLOCK_D)
+            total += x.to(tl.float32)
+    return total
+
+
+@triton.jit
+def _query_step(
+    dq, q, do, query_lse, query_delta, k_plane, v_plane, key_tokens, inside, causal,
+    stride_kn, stride_vn, scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a tile of queries after one more tile of keys. MASKED: not all keys are seen."""
+    if MASKED:
+        k = load_tokens(k_plane, key_tokens, inside, stride_kn, HEAD_DIM, BLOCK_D)
+        v = load_tokens(v_plane, key_tokens, inside, stride_vn, HEAD_DIM, BLOCK_D)
+    else:
+        k = gather_tokens(k_plane, key_tokens, stride_kn, HEAD_DIM, BLOCK_D)
+        v = gather_tokens(v_plane, key_tokens, stride_vn, HEAD_DIM, BLOCK_D)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    p = tl.exp2(s * scale - query_lse[:, None])
+    if MASKED:
+        p = tl.where(causal, p, 0)
+    ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - query_delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+
+
+@triton.jit
+def _query_kernel(
+    query, key, value, grad, terms, block_start, block_length, bounds, point, parts, grad_query,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_ob, stride_oh, stride_on, stride_gb, stride_gh, stride_gn,
+    length, num_tokens, num_points, scale,
+    GROUP_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a tile of queries, those with most keys first."""
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q
+    head, block = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    many = tl.load(block_length + block)
+    if first < many:
+        start = tl.load(block_start + block)
+        row, begin = start // length, start % length
+        places = first + tl.arange(0, BLOCK_Q)
+        inside, tokens = places < many, begin + places
+        q_plane = plane_of(query, row, head, stride_qb, stride_qh)
+        do_plane = plane_of(grad, row, head, stride_ob, stride_oh)
+        k_plane = plane_of(key, row, head // GROUP_HEADS, stride_kb, stride_kh)
+        v_plane = plane_of(value, row, head // GROUP_HEADS, stride_vb, stride_vh)
+        q = load_tokens(q_plane, tokens, inside, stride_qn, HEAD_DIM, BLOCK_D)
+        do = load_tokens(do_plane, tokens, inside, stride_on, HEAD_DIM, BLOCK_D)
+        own_terms = terms + (head * num_tokens + start + places) * 2
+        query_lse = tl.load(own_terms, mask=inside, other=float("inf"))
+        query_delta = tl.load(own_terms + 1, mask=inside, other=0)
+        dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+        lane = tl.arange(0, BLOCK_K)
+        for k in range(0, first, BLOCK_K):
+            dq = _query_step(
+                dq, q, do, query_lse, query_delta, k_plane, v_plane, begin + k + lane, None, None,
+                stride_kn, stride_vn, scale * LOG2_E, HEAD_DIM, BLOCK_D, False,
+            )  # fmt: skip
+        for k in range(first, tl.minimum(first + BLOCK_Q, many), BLOCK_K):
+            dq = _query_step(
+                dq, q, do, query_lse, query_delta, k_plane, v_plane, begin + k + lane, k + lane < many,
+                k + lane[None, :] <= places[:, None],
+                stride_kn, stride_vn, scale * LOG2_E, HEAD_DIM, BLOCK_D, True,
+            )  # fmt: skip
+        dq = _add_parts(
+            dq * scale, parts, bounds, point, block, head, num_points, places, inside, HEAD_DIM, BLOCK_D
+        )
+        plane = plane_of(grad_query, row, head, stride_gb, stride_gh)
+        store_tokens(plane, dq, tokens, inside, stride_gn, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _key_step(
+    dk, dv, k, v, q_plane, do_plane, terms, begin, queries, many, keys, stride_qn, stride_on, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The gradients of a tile of keys and values after one more tile of queries.
+
+    MASKED: some of the queries do not exist, or do not see all the keys.
+    """
+    # Loads of as many numbers as there are threads: of fewer, every thread would load all that it needs.
+    at = terms + queries[:, None] * 2 + tl.arange(0, 2)[None, :]
+    if MASKED:
+        exists = queries < many
+        q = load_tokens(q_plane, begin + queries, exists, stride_qn, HEAD_DIM, BLOCK_D)
+        do = load_tokens(do_plane, begin + queries, exists, stride_on, HEAD_DIM, BLOCK_D)
+        query_lse, query_delta = tl.split(tl.load(at, mask=exists[:, None], other=0))
+    else:
+        q = gather_tokens(q_plane, begin + queries, stride_qn, HEAD_DIM, BLOCK_D)
+        do = gather_tokens(do_plane, begin + queries, stride_on, HEAD_DIM, BLOCK_D)
+        query_lse, query_delta = tl.split(tl.load(at))
+    s = tl.dot(k, tl.trans(q), input_precision="ieee")
+    p = tl.exp2(s * scale - query_lse[None, :])
+    if MASKED:
+        p = tl.where((keys[:, None] <= queries[None, :]) & (queries < many)[None, :], p, 0)
+    dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+    ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - query_delta[None, :])
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    return dk, dv
+
+
+@triton.jit
+def _key_kernel(
+    query, key, value, grad, terms, block_start, block_length,
+    bounds, point, key_parts, value_parts, grad_key, grad_value,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_ob, stride_oh, stride_on, stride_gkb, stride_gkh, stride_gkn, stride_gvb, stride_gvh, stride_gvn,
+    length, num_tokens, num_points, scale,
+    GROUP_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a tile of keys and values, those with most queries first."""
+    first = tl.program_id(0) * BLOCK_K
+    kv_head, block = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    many = tl.load(block_length + block)
+    if first < many:
+        start = tl.load(block_start + block)
+        row, begin = start // length, start % length
+        places = first + tl.arange(0, BLOCK_K)
+        inside, tokens = places < many, begin + places
+        k_plane = plane_of(key, row, kv_head, stride_kb, stride_kh)
+        v_plane = plane_of(value, row, kv_head, stride_vb, stride_vh)
+        k = load_tokens(k_plane, tokens, inside, stride_kn, HEAD_DIM, BLOCK_D)
+        v = load_tokens(v_plane, tokens, inside, stride_vn, HEAD_DIM, BLOCK_D)
+        dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+        dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+        lane = tl.arange(0, BLOCK_Q)
+        for group in range(GROUP_HEADS):
+            head = kv_head * GROUP_HEADS + group
+            q_plane = plane_of(query, row, head, stride_qb, stride_qh)
+            do_plane = plane_of(grad, row, head, stride_ob, stride_oh)
+            own_terms = terms + (head * num_tokens + start) * 2
+            whole = tl.maximum(many // BLOCK_Q * BLOCK_Q, first + BLOCK_K)  # the last tile may be short
+            for i in range(first, first + BLOCK_K, BLOCK_Q):
+                dk, dv = _key_step(
+                    dk, dv, k, v, q_plane, do_plane, own_terms, begin, i + lane, many, places,
+                    stride_qn, stride_on, scale * LOG2_E, HEAD_DIM, BLOCK_D, True,
+                )  # fmt: skip
+            for i in range(first + BLOCK_K, whole, BLOCK_Q):
+                dk, dv = _key_step(
+                    dk, dv, k, v, q_plane, do_plane, own_terms, begin, i + lane, many, places,
+                    stride_qn, stride_on, scale * LOG2_E, HEAD_DIM, BLOCK_D, False,
+                )  # fmt: skip
+            for i in range(whole, many, BLOCK_Q):
+                dk, dv = _key_step(
+                    dk, dv, k, v, q_plane, do_plane, own_terms, begin, i + lane, many, places,
+                    stride_qn, stride_on, scale * LOG2_E, HEAD_DIM, BLOCK_D, True,
+                )  # fmt: skip
+        dk = _add_parts(
+            dk * scale,
+            key_parts,
+            bounds,
+            point,
+            block,
+            kv_head,
+            num_points,
+            places,
+            inside,
+            HEAD_DIM,
+            BLOCK_D,
+        )
+        dv = _add_parts(
+            dv, value_parts, bounds, point, block, kv_head, num_points, places, inside, HEAD_DIM, BLOCK_D
+        )
+        plane = plane_of(grad_key, row, kv_head, stride_gkb, stride_gkh)
+        store_tokens(plane, dk, tokens, inside, stride_gkn, HEAD_DIM, BLOCK_D)
+        plane = plane_of(grad_value, row, kv_head, stride_gvb, stride_gvh)
+        store_tokens(plane, dv, tokens, inside, stride_gvn, HEAD_DIM, BLOCK_D)
+
+
+def local_backward(
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    terms: torch.Tensor, layout: Layout, scale: float, block: int,
+    query_parts: tuple[Parts, torch.Tensor] | None = None,
+    key_parts: tuple[Parts, torch.Tensor, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients of query, key and value, laid out like them; zero outside the sequences.
+
+    Args:
+        grad: (B, H, N, D), of the merged output.
+        terms: (H, B * N, 2) float32, see `weight_terms`.
+        query_parts, key_parts: Where parts of gradients lie, and those (heads, points, D) of queries, and of
+            keys and values. Without them, the gradients are those through the blocks alone.
+    """
+    new = torch.empty_like if layout.outside is None else torch.zeros_like
+    grads = tuple(new(tensor) for tensor in (query, key, value))
+    heads, kv_heads, head_dim = query.shape[1], key.shape[1], query.shape[3]
+    read = query, key, value, grad
+    strides = [stride for tensor in read for stride in tensor.stride()[:3]]
+    blocks = layout.block_start, layout.block_length
+    sizes = query.shape[2], query.shape[0] * query.shape[2]
+    dims = {"GROUP_HEADS": heads // kv_heads, "HEAD_DIM": head_dim, "BLOCK_D": power_of_two(head_dim)}
+    bounds, parts = query_parts or ((None, None), None)
+    settings = choose_launch(query, _QUERY_LAUNCH, _QUERY_LAUNCH, _PRECISE_QUERY_LAUNCH)
+    launch(
+        _query_kernel, (ceil_div(block, settings["BLOCK_Q"]), heads, blocks[0].shape[0]),
+        *read, terms, *blocks, *bounds, parts, grads[0], *strides, *grads[0].stride()[:3], *sizes,
+        0 if parts is None else parts.shape[1], scale, **dims, **settings,
+    )  # fmt: skip
+    bounds, *parts = key_parts or ((None, None), None, None)
+    settings = choose_launch(query, _KEY_LAUNCH, _KEY_LAUNCH, _PRECISE_KEY_LAUNCH)
+    launch(
+        _key_kernel, (ceil_div(block, settings["BLOCK_K"]), kv_heads, blocks[0].shape[0]),
+        *read, terms, *blocks, *bounds, *parts, *grads[1:], *strides, *grads[1].stride()[:3],
+        *grads[2].stride()[:3], *sizes, 0 if parts[0] is None else parts[0].shape[1], scale,
+        **dims, **settings,
+    )  # fmt: skip
+    return grads

@@ -45,21 +45,28 @@ def _accept_kernel(
     many = tl.load(count + head * num_rows + row)
     closeness = near + head * num_points + begin
     lane = tl.arange(0, BLOCK_N)
-    least = tl.full([1], 0, tl.uint32)
-    left = tl.zeros([1], tl.int32)  # how many of those that are as near as the farthest accepted
+    least = tl.full([], 0, tl.uint32)
+    left = 0  # how many are accepted of those that are as near as the farthest accepted
     if many > capacity:
-        one = least + 1
-        for i in range(32):
-            trial = least | (one << (31 - i))
-            enough = tl.zeros([1], tl.int32)
+        lowest, highest = tl.full([BLOCK_N], 0xFFFFFFFF, tl.uint32), tl.zeros([BLOCK_N], tl.uint32)
+        for p in range(0, many, BLOCK_N):
+            bits = tl.load(closeness + tl.minimum(p + lane, many - 1)).to(tl.uint32, bitcast=True)
+            lowest, highest = tl.minimum(lowest, bits), tl.maximum(highest, bits)
+        least = tl.min(lowest, 0)
+        shift = _highest_digit(tl.max(highest, 0) ^ least, 1)
+        least = least >> shift >> 1 << 1 << shift  # the bits that all have in common
+        reach, above = many, 0  # how many are as near as the least, and beyond those that start like it
+        while (reach > capacity) & (shift >= 0):
+            trial = least + (tl.full([], 1, tl.uint32) << shift)
+            enough = 0
             for p in range(0, many, BLOCK_N):
                 bits = tl.load(closeness + p + lane, mask=p + lane < many, other=0)
-                enough += tl.sum((bits.to(tl.uint32, bitcast=True) >= trial).to(tl.int32), 0, keep_dims=True)
+                enough += tl.sum((bits.to(tl.uint32, bitcast=True) >= trial).to(tl.int32), 0)
             least = tl.where(enough >= capacity, trial, least)
-        left += capacity
-        for p in range(0, many, BLOCK_N):
-            bits = tl.load(closeness + p + lane, mask=p + lane < many, other=0)
-            left -= tl.sum((bits.to(tl.uint32, bitcast=True) > least).to(tl.int32), 0, keep_dims=True)
+            reach = tl.where(enough >= capacity, enough, reach)
+            above = tl.where(enough >= capacity, above, enough)
+            shift -= 1
+        left = capacity - above
     taken = 0
     for p in range(0, many, BLOCK_N):
         inside = p + lane < many
@@ -69,7 +76,7 @@ def _accept_kernel(
             bits = tl.load(closeness + p + lane, mask=inside, other=0).to(tl.uint32, bitcast=True)
             equal = (inside & (bits == least)).to(tl.int32)
             accepted = inside & ((bits > least) | ((equal == 1) & (tl.cumsum(equal, 0) <= left)))
-            left -= tl.sum(equal, 0, keep_dims=True)
+            left -= tl.sum(equal, 0)
         place = taken + tl.cumsum(accepted.to(tl.int32), 0) - 1
         tl.store(slots + place, points, mask=accepted)
         tl.store(
@@ -77,6 +84,15 @@ def _accept_kernel(
         )
         taken += tl.sum(accepted.to(tl.int32), 0)
     tl.store(held + head * num_key_rows + row, taken)
+
+
+@triton.jit
+def _highest_digit(number, WIDTH: tl.constexpr):
+    """Where the highest digit of WIDTH bits that is not 0 begins in a uint32."""
+    shift = 32 - WIDTH
+    while (shift > 0) & (number >> shift == 0):
+        shift -= WIDTH
+    return shift
 
 
 @triton.jit
@@ -92,12 +108,141 @@ def _list_homeless(label, homeless, first_point, many, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def _choose(
+    plane, token_of_point, stride, centroids, held, homeless, choice, near, found, num_clusters, capacity,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr,
+    BINS: tl.constexpr,
+):  # fmt: skip
+    """Each homeless point chooses the nearest cluster with room.
+
+    Returns how many chose each cluster, and the least and the largest closeness.
+    """
+    lane = tl.arange(0, BLOCK_X)
+    counts = tl.zeros([BINS], tl.int32)
+    lowest, highest = tl.full([BLOCK_X], 0xFFFFFFFF, tl.uint32), tl.zeros([BLOCK_X], tl.uint32)
+    for p in range(0, found, BLOCK_X):
+        places = tl.minimum(p + lane, found - 1)
+        tokens = tl.load(homeless + places) + token_of_point
+        x = gather_tokens(plane, tokens, stride, HEAD_DIM, BLOCK_D)
+        best = tl.full([BLOCK_X], -float("inf"), tl.float32)
+        labels = tl.zeros([BLOCK_X], tl.int32)
+        for first in range(0, num_clusters, BLOCK_C):
+            clusters = first + tl.arange(0, BLOCK_C)
+            exists = clusters < num_clusters
+            c = load_tokens(centroids, clusters, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
+            wide = c.to(tl.float32)
+            full = tl.load(held + clusters, mask=exists, other=capacity) >= capacity
+            bias = tl.where(full, -float("inf"), -0.5 * tl.sum(wide * wide, 1))
+            best, labels = nearer(x, c, bias, first, best, labels)
+        labels = tl.minimum(labels, num_clusters - 1)
+        wide = x.to(tl.float32)
+        closeness = ordered(best - 0.5 * tl.sum(wide * wide, 1))
+        lowest, highest = tl.minimum(lowest, closeness), tl.maximum(highest, closeness)
+        counts += tl.histogram(labels, BINS, mask=p + lane < found)
+        tl.store(choice + places, labels)
+        tl.store(near + places, closeness.to(tl.int32, bitcast=True))
+    return counts, tl.min(lowest, 0), tl.max(highest, 0)
+
+
+@triton.jit
+def _least_accepted(
+    choice, near, found, counts, room, lowest, highest, BLOCK_N: tl.constexpr, BINS: tl.constexpr
+):
+    """The least closeness that each cluster accepts, and how many it accepts of those that are just as near.
+
+    Found two bits at a time, until no cluster is chosen by more than it has room for. Often none ever is.
+    """
+    digits, lane = tl.arange(0, 4)[None, :], tl.arange(0, BLOCK_N)
+    shift = _highest_digit(lowest ^ highest, 2)
+    least = tl.zeros([BINS], tl.uint32) + (lowest >> shift >> 2 << 2 << shift)  # what all have in common
+    left, tied = room, counts  # places for, and number of, those whose bits so far are those of the least
+    while (shift >= 0) & (tl.max(tied - left, 0) > 0):
+        with_digit = tl.zeros([4 * BINS], tl.int32)
+        for p in range(0, found, BLOCK_N):
+            inside = p + lane < found
+            labels = tl.load(choice + p + lane, mask=inside, other=0)
+            bits = tl.load(near + p + lane, mask=inside, other=0).to(tl.uint32, bitcast=True)
+            differ = (bits ^ tl.gather(least, labels, 0)) >> shift >> 2
+            digit = (bits >> shift & 3).to(tl.int32)
+            with_digit += tl.histogram(labels * 4 + digit, 4 * BINS, mask=inside & (differ == 0))
+        of_digit = tl.reshape(with_digit, [BINS, 4])
+        through = tl.sum(of_digit, 1)[:, None] - tl.cumsum(of_digit, 1) + of_digit  # this digit or a larger
+        digit = tl.maximum(tl.sum((through >= left[:, None]).to(tl.int32), 1) - 1, 0)
+        left -= tl.sum(tl.where(digits > digit[:, None], of_digit, 0), 1)
+        tied = tl.sum(tl.where(digits == digit[:, None], of_digit, 0), 1)
+        least |= digit.to(tl.uint32) << shift
+        shift -= 2
+    return least, left
+
+
+@triton.jit
+def _move_in(
+    slots, homeless, choice, near, found, taken, least, left, capacity,
+    BLOCK_N: tl.constexpr, BINS: tl.constexpr,
+):  # fmt: skip
+    """Accept all that are near enough, and keep the list of those who are still homeless.
+
+    Returns how many members each cluster has now, and how many points are homeless.
+    """
+    lane = tl.arange(0, BLOCK_N)
+    rejected_before = 0
+    for p in range(0, found, BLOCK_N):
+        inside = p + lane < found
+        points = tl.load(homeless + p + lane, mask=inside, other=0)
+        labels = tl.load(choice + p + lane, mask=inside, other=0)
+        bits = tl.load(near + p + lane, mask=inside, other=0).to(tl.uint32, bitcast=True)
+        bound = tl.gather(least, labels, 0)
+        equal, larger = inside & (bits == bound), inside & (bits > bound)
+        # Those before in the same cluster are at most `lane` behind, and a smaller cluster is farther behind.
+        # Two counts of them in one: how many are equal, and how many larger.
+        at = labels * BLOCK_N + lane
+        is_before = (at[None, :] - 1 - at[:, None]).to(tl.uint32, bitcast=True) < lane[None, :]
+        both = equal.to(tl.int32) * (2 * BLOCK_N) + larger.to(tl.int32)
+        both = tl.sum(tl.where(is_before, both[:, None], 0), 0)
+        equal_rank, places_left = both // (2 * BLOCK_N), tl.gather(left, labels, 0)
+        accepted = larger | (equal & (equal_rank < places_left))
+        rank = both % (2 * BLOCK_N) + tl.minimum(equal_rank, places_left)
+        tl.store(slots + labels * capacity + tl.gather(taken, labels, 0) + rank, points, mask=accepted)
+        taken += tl.histogram(labels, BINS, mask=accepted)
+        left -= tl.histogram(labels, BINS, mask=accepted & equal)
+        rejected = (inside & ~accepted).to(tl.int32)
+        tl.debug_barrier()  # the list is rewritten in place
+        tl.store(homeless + rejected_before + tl.cumsum(rejected, 0) - 1, points, mask=rejected == 1)
+        rejected_before += tl.sum(rejected, 0)
+    return taken, rejected_before
+
+
+@triton.jit
+def _fill(
+    slots, homeless, found, taken, capacity, exists,
+    BLOCK_N: tl.constexpr, BINS: tl.constexpr, LOG_BINS: tl.constexpr,
+):  # fmt: skip
+    """Those who are still homeless take the free places in order. Returns how many members clusters have."""
+    free = tl.where(exists, capacity - taken, 0)
+    free_through = tl.cumsum(free, 0)
+    for p in range(0, found, BLOCK_N):
+        order = p + tl.arange(0, BLOCK_N)
+        inside = order < found
+        points = tl.load(homeless + order, mask=inside, other=0)
+        # The first cluster with more free places up to it than points that come before.
+        labels = tl.zeros([BLOCK_N], tl.int32)
+        for i in range(LOG_BINS):
+            step = BINS >> (i + 1)
+            through = tl.gather(free_through, labels + step - 1, 0)
+            labels = tl.where(through <= order, labels + step, labels)
+        before = tl.gather(free_through - free, labels, 0)
+        place = labels * capacity + tl.gather(taken, labels, 0) + order - before
+        tl.store(slots + place, points, mask=inside)
+    return taken + tl.minimum(free, tl.maximum(found - (free_through - free), 0))
+
+
+@triton.jit
 def _rehouse_kernel(
     key, table, centroids, label, homeless, near, members, held,
     stride_b, stride_h, stride_n, num_rows, num_key_rows, num_points, num_slots,
     ROUNDS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_X: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BINS: tl.constexpr,
-    LOG_BINS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
+    BINS: tl.constexpr, LOG_BINS: tl.constexpr,
 ):  # fmt: skip
     """The other rounds, and the free places for what is still homeless. One program a set and head.
 
@@ -115,105 +260,30 @@ def _rehouse_kernel(
     own = head * num_points + first_point
     homeless, choice, near = homeless + own, label + own, near + own
     held += head * num_key_rows + first_row
-    centroid_rows = head * num_rows + first_row
+    centroids += (head * num_rows + first_row) * HEAD_DIM
     bins = tl.arange(0, BINS)
     exists = bins < num_clusters
     taken = tl.load(held + bins, mask=exists, other=0)
     found = set_field(table, number, NUM_POINTS) - tl.sum(taken, 0)
     if found > 0:
-        _list_homeless(choice, homeless, first_point, set_field(table, number, NUM_POINTS), BLOCK_P)
+        _list_homeless(choice, homeless, first_point, set_field(table, number, NUM_POINTS), BLOCK_L)
         tl.debug_barrier()
-    token_lane, lane, wide_lane = tl.arange(0, BLOCK_X), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_P)
     for _ in range(ROUNDS):
         if found > 0:
-            room = tl.where(exists, capacity - taken, 0)
-            # Choose: the nearest cluster with room.
-            for p in range(0, found, BLOCK_X):
-                inside = p + token_lane < found
-                tokens = tl.load(homeless + tl.minimum(p + token_lane, found - 1)) + token_of_point
-                x = gather_tokens(plane, tokens, stride_n, HEAD_DIM, BLOCK_D)
-                best = tl.full([BLOCK_X], -float("inf"), tl.float32)
-                labels = tl.zeros([BLOCK_X], tl.int32)
-                for first in range(0, num_clusters, BLOCK_C):
-                    clusters = first + tl.arange(0, BLOCK_C)
-                    c = load_tokens(
-                        centroids,
-                        centroid_rows + clusters,
-                        clusters < num_clusters,
-                        HEAD_DIM,
-                        HEAD_DIM,
-                        BLOCK_D,
-                    )
-                    wide = c.to(tl.float32)
-                    full = tl.load(held + clusters, mask=clusters < num_clusters, other=capacity) >= capacity
-                    bias = tl.where(full, -float("inf"), -0.5 * tl.sum(wide * wide, 1))
-                    best, labels = nearer(x, c, bias, first, best, labels)
-                wide = x.to(tl.float32)
-                closeness = ordered(best - 0.5 * tl.sum(wide * wide, 1)).to(tl.int32, bitcast=True)
-                tl.store(choice + p + token_lane, tl.minimum(labels, num_clusters - 1), mask=inside)
-                tl.store(near + p + token_lane, closeness, mask=inside)
+            counts, lowest, highest = _choose(
+                plane, token_of_point, stride_n, centroids, held, homeless, choice, near, found,
+                num_clusters, capacity, HEAD_DIM, BLOCK_D, BLOCK_X, BLOCK_C, BINS,
+            )  # fmt: skip
             tl.debug_barrier()
-            # The least closeness that each cluster accepts, two bits at a time, and how many it accepts of
-            # those that are just as near.
-            least = tl.zeros([BINS], tl.uint32)
-            left = room
-            for i in range(16):
-                shift = 30 - 2 * i
-                counts = tl.zeros([4 * BINS], tl.int32)
-                for p in range(0, found, BLOCK_P):
-                    inside = p + wide_lane < found
-                    labels = tl.load(choice + p + wide_lane, mask=inside, other=0)
-                    bits = tl.load(near + p + wide_lane, mask=inside, other=0).to(tl.uint32, bitcast=True)
-                    differ = (bits ^ tl.gather(least, labels, 0)) >> 1 >> (shift + 1)
-                    digit = (bits >> shift & 3).to(tl.int32)
-                    counts += tl.histogram(labels * 4 + digit, 4 * BINS, mask=inside & (differ == 0))
-                counts = tl.reshape(counts, [BINS, 4])
-                through = tl.sum(counts, 1)[:, None] - tl.cumsum(counts, 1) + counts  # this digit or a larger
-                digit = tl.maximum(tl.sum((through >= left[:, None]).to(tl.int32), 1) - 1, 0)
-                larger = tl.arange(0, 4)[None, :] > digit[:, None]
-                left -= tl.sum(tl.where(larger, counts, 0), 1)
-                least |= digit.to(tl.uint32) << shift
-            # Accept, and keep the list of those who are still homeless.
-            rejected_before = 0
-            for p in range(0, found, BLOCK_N):
-                inside = p + lane < found
-                points = tl.load(homeless + p + lane, mask=inside, other=0)
-                labels = tl.load(choice + p + lane, mask=inside, other=0)
-                bits = tl.load(near + p + lane, mask=inside, other=0).to(tl.uint32, bitcast=True)
-                earlier = (labels[:, None] == labels[None, :]) & (lane[None, :] < lane[:, None])
-                bound = tl.gather(least, labels, 0)
-                equal = inside & (bits == bound)
-                equal_rank = tl.sum((earlier & equal[None, :]).to(tl.int32), 1)
-                accepted = inside & ((bits > bound) | (equal & (equal_rank < tl.gather(left, labels, 0))))
-                rank = tl.sum((earlier & accepted[None, :]).to(tl.int32), 1)
-                place = labels * capacity + tl.gather(taken, labels, 0) + rank
-                tl.store(slots + place, points, mask=accepted)
-                taken += tl.histogram(labels, BINS, mask=accepted)
-                left -= tl.histogram(labels, BINS, mask=equal)
-                rejected = (inside & ~accepted).to(tl.int32)
-                tl.debug_barrier()  # the list is rewritten in place
-                tl.store(homeless + rejected_before + tl.cumsum(rejected, 0) - 1, points, mask=rejected == 1)
-                rejected_before += tl.sum(rejected, 0)
-            found = rejected_before
+            room = tl.where(exists, capacity - taken, 0)
+            least, left = _least_accepted(choice, near, found, counts, room, lowest, highest, BLOCK_P, BINS)
+            taken, found = _move_in(
+                slots, homeless, choice, near, found, taken, least, left, capacity, BLOCK_N, BINS
+            )
             tl.store(held + bins, taken, mask=exists)
             tl.debug_barrier()
     if found > 0:
-        free = tl.where(exists, capacity - taken, 0)
-        free_through = tl.cumsum(free, 0)
-        for p in range(0, found, BLOCK_N):
-            order = p + lane
-            inside = order < found
-            points = tl.load(homeless + order, mask=inside, other=0)
-            # The first cluster with more free places up to it than points that come before.
-            labels = tl.zeros([BLOCK_N], tl.int32)
-            for i in range(LOG_BINS):
-                step = BINS >> (i + 1)
-                through = tl.gather(free_through, labels + step - 1, 0)
-                labels = tl.where(through <= order, labels + step, labels)
-            before = tl.gather(free_through - free, labels, 0)
-            place = labels * capacity + tl.gather(taken, labels, 0) + order - before
-            tl.store(slots + place, points, mask=inside)
-        taken += tl.minimum(free, tl.maximum(found - (free_through - free), 0))
+        taken = _fill(slots, homeless, found, taken, capacity, exists, BLOCK_N, BINS, LOG_BINS)
         tl.store(held + bins, taken, mask=exists)
 
 
@@ -233,18 +303,22 @@ def members_with_capacity(
     members = torch.full((heads, sets.num_slots), -1, dtype=torch.int32, device=key.device)
     held = members.new_empty(heads, sets.num_key_rows)
     sizes = (sets.num_rows, sets.num_key_rows, sets.num_points, sets.num_slots)
+    # About two thirds of it are members of a cluster, in one warp wherever 256 places are enough.
+    block_n = min(1024, power_of_two(sets.max_capacity, 64))
     launch(
         _accept_kernel, (sets.num_key_rows, heads),
         sets.table, sets.set_of_row, label, groups.order, near, groups.first, groups.count,
-        members, held, *sizes, BLOCK_N=1024,
+        members, held, *sizes, BLOCK_N=block_n, num_warps=max(1, block_n // 256),
     )  # fmt: skip
     bins, block_d = power_of_two(sets.max_clusters), power_of_two(head_dim)
-    block_x = max(16, min(256, (1 << 15) // (block_d * key.element_size())))  # 32 KiB
+    warps = 4 if sets.max_key_points <= 2048 else 8
+    precise = key.dtype == torch.float32  # takes many registers
+    block_x, block_c = (32, 32) if precise else (16 * warps, 64)
     launch(
         _rehouse_kernel, (sets.num_key_sets, heads),
         key, sets.table, centroids, label, groups.order, near, members, held,
         *key.stride()[:3], *sizes, ROUNDS=ROUNDS - 1, HEAD_DIM=head_dim, BLOCK_D=block_d,
-        BLOCK_X=block_x, BLOCK_N=64, BLOCK_P=2048, BLOCK_C=min(64, bins), BINS=bins,
-        LOG_BINS=bins.bit_length() - 1, num_warps=16, num_stages=2,
+        BLOCK_X=block_x, BLOCK_N=128, BLOCK_P=128 * warps, BLOCK_L=256 * warps, BLOCK_C=min(block_c, bins),
+        BINS=bins, LOG_BINS=bins.bit_length() - 1, num_warps=warps, num_stages=2,
     )  # fmt: skip
     return members, held

@@ -65,6 +65,7 @@ class Sizes:
         num_slots: Places for the members of all clusters of keys.
         num_pairs: Pairs of a cluster of queries and a cluster of keys that meet.
         max_clusters: Largest number of clusters in a set.
+        max_key_points, max_capacity: Largest number of points of a set of keys, and of members of a cluster.
     """
 
     num_key_sets: int
@@ -75,6 +76,8 @@ class Sizes:
     num_slots: int
     num_pairs: int
     max_clusters: int
+    max_key_points: int
+    max_capacity: int
 
     @property
     def num_query_rows(self) -> int:
@@ -120,6 +123,8 @@ def sizes_of(keys: list[PointSet], queries: list[PointSet]) -> Sizes:
         num_slots=sum(s.num_clusters * s.capacity for s in keys),
         num_pairs=sum(s.num_clusters * q.num_clusters for s, q in zip(keys, queries)),
         max_clusters=max(s.num_clusters for s in keys + queries),
+        max_key_points=max((s.num_points for s in keys), default=0),
+        max_capacity=max((s.capacity for s in keys), default=0),
     )
 
 

@@ -188,25 +188,33 @@ def _move_in(
     rejected_before = 0
     for p in range(0, found, BLOCK_N):
         inside = p + lane < found
-        points = tl.load(homeless + p + lane, mask=inside, other=0)
         labels = tl.load(choice + p + lane, mask=inside, other=0)
         bits = tl.load(near + p + lane, mask=inside, other=0).to(tl.uint32, bitcast=True)
         bound = tl.gather(least, labels, 0)
         equal, larger = inside & (bits == bound), inside & (bits > bound)
-        # Those before in the same cluster are at most `lane` behind, and a smaller cluster is farther behind.
-        # Two counts of them in one: how many are equal, and how many larger.
-        at = labels * BLOCK_N + lane
-        is_before = (at[None, :] - 1 - at[:, None]).to(tl.uint32, bitcast=True) < lane[None, :]
-        both = equal.to(tl.int32) * (2 * BLOCK_N) + larger.to(tl.int32)
-        both = tl.sum(tl.where(is_before, both[:, None], 0), 0)
-        equal_rank, places_left = both // (2 * BLOCK_N), tl.gather(left, labels, 0)
-        accepted = larger | (equal & (equal_rank < places_left))
-        rank = both % (2 * BLOCK_N) + tl.minimum(equal_rank, places_left)
-        tl.store(slots + labels * capacity + tl.gather(taken, labels, 0) + rank, points, mask=accepted)
-        taken += tl.histogram(labels, BINS, mask=accepted)
-        left -= tl.histogram(labels, BINS, mask=accepted & equal)
-        rejected = (inside & ~accepted).to(tl.int32)
-        tl.debug_barrier()  # the list is rewritten in place
+        # Candidates by cluster, larger before equal, and in their order; behind them all others.
+        turn = (labels * 2 + equal.to(tl.int32)) * BLOCK_N + lane
+        turn = tl.sort(tl.where(equal | larger, turn, 2 * BINS * BLOCK_N))
+        many, many_larger = (
+            tl.histogram(labels, BINS, mask=equal | larger),
+            tl.histogram(labels, BINS, mask=larger),
+        )
+        many_accepted = tl.minimum(many, many_larger + left)
+        first = tl.cumsum(many, 0) - many
+        labels, from_lane = turn // (2 * BLOCK_N), turn % BLOCK_N
+        exists = labels < BINS
+        labels = tl.minimum(labels, BINS - 1)
+        accepted = exists & (lane < tl.gather(first + many_accepted, labels, 0))
+        place = labels * capacity + lane + tl.gather(taken - first, labels, 0)
+        points = tl.load(homeless + p + from_lane, mask=accepted, other=0)
+        tl.store(slots + place, points, mask=accepted)
+        taken += many_accepted
+        left -= many_accepted - tl.minimum(many_accepted, many_larger)
+        # Those who are not accepted go on in the list, which is rewritten in place.
+        points = tl.load(homeless + p + lane, mask=inside, other=0)
+        tl.store(choice + p + from_lane, tl.full([BLOCK_N], -1, tl.int32), mask=accepted)
+        tl.debug_barrier()
+        rejected = (tl.load(choice + p + lane, mask=inside, other=-1) >= 0).to(tl.int32)
         tl.store(homeless + rejected_before + tl.cumsum(rejected, 0) - 1, points, mask=rejected == 1)
         rejected_before += tl.sum(rejected, 0)
     return taken, rejected_before
@@ -318,7 +326,7 @@ def members_with_capacity(
         _rehouse_kernel, (sets.num_key_sets, heads),
         key, sets.table, centroids, label, groups.order, near, members, held,
         *key.stride()[:3], *sizes, ROUNDS=ROUNDS - 1, HEAD_DIM=head_dim, BLOCK_D=block_d,
-        BLOCK_X=block_x, BLOCK_N=128, BLOCK_P=128 * warps, BLOCK_L=256 * warps, BLOCK_C=min(block_c, bins),
+        BLOCK_X=block_x, BLOCK_N=256, BLOCK_P=128 * warps, BLOCK_L=256 * warps, BLOCK_C=min(block_c, bins),
         BINS=bins, LOG_BINS=bins.bit_length() - 1, num_warps=warps, num_stages=2,
     )  # fmt: skip
     return members, held

@@ -195,10 +195,8 @@ def _move_in(
         # Candidates by cluster, larger before equal, and in their order; behind them all others.
         turn = (labels * 2 + equal.to(tl.int32)) * BLOCK_N + lane
         turn = tl.sort(tl.where(equal | larger, turn, 2 * BINS * BLOCK_N))
-        many, many_larger = (
-            tl.histogram(labels, BINS, mask=equal | larger),
-            tl.histogram(labels, BINS, mask=larger),
-        )
+        many = tl.histogram(labels, BINS, mask=equal | larger)
+        many_larger = tl.histogram(labels, BINS, mask=larger)
         many_accepted = tl.minimum(many, many_larger + left)
         first = tl.cumsum(many, 0) - many
         labels, from_lane = turn // (2 * BLOCK_N), turn % BLOCK_N
@@ -319,9 +317,11 @@ def members_with_capacity(
         members, held, *sizes, BLOCK_N=block_n, num_warps=max(1, block_n // 256),
     )  # fmt: skip
     bins, block_d = power_of_two(sets.max_clusters), power_of_two(head_dim)
-    warps = 4 if sets.max_key_points <= 2048 else 8
-    precise = key.dtype == torch.float32  # takes many registers
-    block_x, block_c = (32, 32) if precise else (16 * warps, 64)
+    # Of programs for small sets several share a multiprocessor. Products of float32 take many registers.
+    warps, block_x, block_c = (4, 64, 32) if sets.max_key_points <= 2048 else (8, 256, 64)
+    if key.dtype == torch.float32:
+        block_x = block_c = 32
+    block_x = min(block_x, (1 << 14) // block_d)  # 32 KiB
     launch(
         _rehouse_kernel, (sets.num_key_sets, heads),
         key, sets.table, centroids, label, groups.order, near, members, held,

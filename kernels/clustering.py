@@ -71,10 +71,10 @@ def _means_kernel(
     tokens = tl.load(members + head * num_slots + slot + places, mask=filled, other=0) + token_of_point
     many = tl.maximum(held, 1).to(tl.float32)
     k = load_tokens(keys, tokens, filled, stride_kn, HEAD_DIM, BLOCK_D).to(tl.float32)
+    v = load_tokens(values, tokens, filled, stride_vn, HEAD_DIM, BLOCK_D).to(tl.float32)
     mean = tl.sum(k, 0) / many
     from_mean = tl.where(filled[:, None], k - mean[None, :], 0)
     variance = tl.sum(from_mean * from_mean, 0) / many
-    v = load_tokens(values, tokens, filled, stride_vn, HEAD_DIM, BLOCK_D).to(tl.float32)
     dims = tl.arange(0, BLOCK_D)
     tl.store(key_mean + own * HEAD_DIM + dims, mean, mask=dims < HEAD_DIM)
     tl.store(key_variance + own * HEAD_DIM + dims, variance, mask=dims < HEAD_DIM)
@@ -101,11 +101,14 @@ def cluster_keys(
         torch.zeros(rows, head_dim, dtype=dtype, device=key.device)
         for dtype in (key.dtype, key.dtype, spread)
     )
+    block_d, block_m = power_of_two(head_dim), power_of_two(capacity)
+    # 8 KiB of keys a warp: most clusters need one, whose sums take no barriers.
+    warps = max(1, min(8, block_d * block_m * key.element_size() >> 13))
     launch(
         _means_kernel, (sets.num_key_rows, heads),
         key, value, sets.table, sets.set_of_row, members, count, log_mass, key_mean, value_mean,
         key_variance, *key.stride()[:3], *value.stride()[:3], sets.num_slots,
-        HEAD_DIM=head_dim, BLOCK_D=power_of_two(head_dim), BLOCK_M=power_of_two(capacity),
+        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, num_warps=warps,
     )  # fmt: skip
     members = members.unflatten(1, (-1, capacity))
     return Clusters(members, count, log_mass, key_mean, value_mean, key_variance)

@@ -1,7 +1,12 @@
 """What `launch` keeps, with a stand-in for a kernel: the interpreter compiles nothing."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
+from muse_hf.kernels import launch as launching
 from muse_hf.kernels.launch import ceil_div, launch
+from triton import knobs
 
 
 class Kernel:
@@ -10,7 +15,7 @@ class Kernel:
     arg_names = ("x", "number", "absent", "BLOCK")
 
     def __init__(self):
-        self.compiled, self.launched = [], []
+        self.compiled, self.launched, self.hooked = [], [], []
 
     def __getitem__(self, grid):
         def run(*args, **constants):
@@ -21,32 +26,58 @@ class Kernel:
 
 
 class Compiled:
+    function, packed_metadata = "function", "metadata"
+
     def __init__(self, kernel):
         self.kernel = kernel
 
     def __getitem__(self, grid):
-        return lambda *args: self.kernel.launched.append((grid, args))
+        return lambda *args: self.kernel.hooked.append((grid, args))
+
+    def run(self, *args):
+        self.kernel.launched.append(args)
 
 
-def test_arguments_of_one_kind_are_compiled_for_once():
+@pytest.fixture(autouse=True)
+def stream(monkeypatch):
+    active = SimpleNamespace(get_current_stream=lambda device: "stream")
+    monkeypatch.setattr(launching, "driver", SimpleNamespace(active=active))
+    monkeypatch.setattr(launching, "_compiled", {})  # keys have the address of a kernel
+    return "stream"
+
+
+def test_arguments_of_one_kind_are_compiled_for_once(stream):
     kernel, x, y = Kernel(), torch.zeros(4), torch.zeros(4)
     launch(kernel, (3,), x, 5, None, num_warps=4, BLOCK=16)
     launch(kernel, (2, 7), y, 6, None, num_warps=4, BLOCK=16)
     assert len(kernel.compiled) == 1
-    ((grid, args),) = kernel.launched
-    assert grid[:3] == (2, 7, 1), "grids have three dimensions"
-    assert args[0] is y
-    assert args[1:] == (6, None, 16), "all parameters in their order, without options"
+    (launched,) = kernel.launched
+    assert launched[:3] == (2, 7, 1), "grids have three dimensions"
+    assert launched[3:9] == (stream, "function", "metadata", None, None, None)
+    assert launched[9:] == (y.data_ptr(), 6, None, 16), "all parameters in their order, without options"
 
 
 def test_all_that_kernels_are_specialized_on_compiles_anew():
     kernel, x = Kernel(), torch.zeros(8)
     kinds = [(x, 5, None, 16), (x, 1, None, 16), (x, 32, None, 16), (x, 1 << 31, None, 16), (x, 5, None, 32)]
-    kinds += [(x[1:], 5, None, 16), (x.half(), 5, None, 16), (x, 5, x, 16), (x, 5, 7, 16)]
+    kinds += [(x[1:], 5, None, 16), (x.half(), 5, None, 16), (x, 5, x, 16), (x, 5, 7, 16), (x, 5, 1.0, 16)]
     for _ in range(2):
         for *args, block in kinds:
             launch(kernel, (1,), *args, BLOCK=block)
     assert len(kernel.compiled) == len(kernel.launched) == len(kinds)
+
+
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_hooks_hear_of_launches(monkeypatch, name):
+    kernel, x = Kernel(), torch.zeros(4)
+    for _ in range(2):
+        launch(kernel, (3,), x, 5, None, BLOCK=16)
+    chain = type(getattr(knobs.runtime, name))()
+    chain.add(print)
+    monkeypatch.setattr(knobs.runtime, name, chain)
+    launch(kernel, (3,), x, 5, None, BLOCK=16)
+    assert len(kernel.launched) == 1
+    assert [grid[:3] for grid, _ in kernel.hooked] == [(3, 1, 1)], "hooks need the usual way to launch"
 
 
 def test_ceil_div():

@@ -51,11 +51,10 @@ def triton_attention(
     """
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     block = config.local_block
-    output, _, row_lse, *_ = OP(
+    return OP(
         query, key, value, scale, [*chain.from_iterable(sequences)], block, config.clusters_for(block),
         config.capacity_for(block), config.kmeans_iters, config.num_retrieved,
     )  # fmt: skip
-    return output, row_lse.detach()
 
 
 def forward(

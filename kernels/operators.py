@@ -76,20 +76,23 @@ class AttentionOp:
             def forward(ctx, *inputs):
                 results = forward(*inputs)
                 save(ctx, inputs, results)
-                ctx.mark_non_differentiable(*results[1:])
-                return tuple(results)
+                output, _, lse, *_ = results
+                ctx.mark_non_differentiable(lse)
+                return output, lse
 
             @staticmethod
             @once_differentiable
-            def backward(ctx, grad, *_):
+            def backward(ctx, grad, _):
                 return gradients(ctx, grad, backward)
 
         self.function = Function
 
-    def __call__(self, *inputs: Any) -> tuple[torch.Tensor, ...] | list[torch.Tensor]:
-        """The results of `forward`, of which the output records a gradient."""
-        attend = self.operator if torch.compiler.is_compiling() else self.function.apply
-        return attend(*inputs)
+    def __call__(self, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Output, which records a gradient, and logsumexp (B, H, N), which does not."""
+        if torch.compiler.is_compiling():
+            output, _, lse, *_ = self.operator(*inputs)
+            return output, lse.detach()
+        return self.function.apply(*inputs)
 
 
 def _fake_gradients(grad, query, key, value, *_):

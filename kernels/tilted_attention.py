@@ -58,12 +58,11 @@ def triton_tilted_attention(
         blocks = [config.local_block << level for level in range(num_levels(longest, config.local_block))]
     else:
         blocks = [key.shape[2], query.shape[2]]
-    output, _, row_lse, *_ = OP(
+    return OP(
         query, key, value, scale, [*chain.from_iterable(sequences)], config.local_block,
         [config.clusters_for(block) for block in blocks], [config.capacity_for(block) for block in blocks],
         config.query_centroids == "own", config.kmeans_iters, config.multipole == "dipole",
     )  # fmt: skip
-    return output, row_lse.detach()
 
 
 def acausal_sets(

@@ -75,7 +75,6 @@ def forward(
         sequences: First token id and length of each in turn.
     """
     batch, heads, length, head_dim = query.shape
-    groups = heads // key.shape[1]
     layout = layout_of(tuple(sequences), batch * length, block, clusters_per_block, query.device)
     with beside(query.device):
         clusters = cluster_keys(
@@ -83,19 +82,19 @@ def forward(
         )
     local, local_lse = local_forward(query, key, value, layout, scale, block)
     output = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
-    lse = torch.empty(heads, batch * length, device=query.device)
+    lse = query.new_empty(heads, batch * length, dtype=torch.float32)
     if layout.outside is not None:  # λ = ∞ makes all weights and so all gradients zero
         output.zero_()
         lse.fill_(torch.inf)
     join(query.device)
     chosen = refine(query, clusters, layout, local, local_lse, output, lse, scale, num_retrieved, block)
     choice = list_choice(chosen, layout, num_retrieved, block)
-    items = sort_items(choice.unflatten(0, (-1, groups)).flatten(1, 2), clusters.count.shape[1])
+    items = sort_items(choice.view(key.shape[1], choice.numel() // key.shape[1]), clusters.count.shape[1])
     retrieve(query, key, value, clusters, choice, items, output, lse, scale)
-    row_lse = lse if layout.outside is None else lse.masked_fill(layout.outside, 0)
-    row_lse = row_lse.unflatten(1, (batch, -1)).transpose(0, 1).contiguous()
-    if row_lse.data_ptr() == lse.data_ptr():  # one row: an operator's results share no memory
-        row_lse = row_lse.clone()
+    row_lse = query.new_empty(batch, heads, length, dtype=torch.float32)
+    row_lse.copy_(lse.view(heads, batch, length).transpose(0, 1))
+    if layout.outside is not None:
+        row_lse.masked_fill_(layout.outside.view(batch, 1, length), 0)
     return [output, lse, row_lse, chosen, choice, *items, *clusters]
 
 

@@ -52,9 +52,12 @@ class Clusters(NamedTuple):
 def _means_kernel(
     key, value, table, set_of_row, members, count, log_mass, key_mean, value_mean, key_variance,
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, num_slots,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, PADDING: tl.constexpr,
 ):  # fmt: skip
-    """Means of the members of a cluster and variance of the keys. One program a cluster."""
+    """Means of the members of a cluster and variance of the keys. One program a cluster.
+
+    The program of the last cluster writes the padding behind it.
+    """
     row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     number = tl.load(set_of_row + row)
     own = head * tl.num_programs(0) + row
@@ -79,6 +82,14 @@ def _means_kernel(
     tl.store(key_mean + own * HEAD_DIM + dims, mean, mask=dims < HEAD_DIM)
     tl.store(key_variance + own * HEAD_DIM + dims, variance, mask=dims < HEAD_DIM)
     tl.store(value_mean + own * HEAD_DIM + dims, tl.sum(v, 0) / many, mask=dims < HEAD_DIM)
+    if own == tl.num_programs(0) * tl.num_programs(1) - 1:
+        nothing = tl.zeros([BLOCK_D], tl.float32)
+        for behind in range(own + 1, own + 1 + PADDING):
+            at = behind * HEAD_DIM + dims
+            tl.store(log_mass + behind, 0)
+            tl.store(key_mean + at, nothing, mask=dims < HEAD_DIM)
+            tl.store(key_variance + at, nothing, mask=dims < HEAD_DIM)
+            tl.store(value_mean + at, nothing, mask=dims < HEAD_DIM)
 
 
 def cluster_keys(
@@ -95,11 +106,10 @@ def cluster_keys(
     centroids = kmeans(key, key, sets, iters)
     members, count = members_with_capacity(key, sets, centroids, *sort_by_cluster(key, key, sets, centroids))
     rows = heads * sets.num_key_rows + PADDING
-    log_mass = torch.zeros(rows, dtype=torch.float32, device=key.device)
+    log_mass = key.new_empty(rows, dtype=torch.float32)
     spread = torch.float32 if key.dtype == torch.float32 else torch.bfloat16  # float16 would overflow
     key_mean, value_mean, key_variance = (
-        torch.zeros(rows, head_dim, dtype=dtype, device=key.device)
-        for dtype in (key.dtype, key.dtype, spread)
+        key.new_empty(rows, head_dim, dtype=dtype) for dtype in (key.dtype, key.dtype, spread)
     )
     block_d, block_m = power_of_two(head_dim), power_of_two(capacity)
     # 8 KiB of keys a warp: most clusters need one, whose sums take no barriers.
@@ -108,9 +118,9 @@ def cluster_keys(
         _means_kernel, (sets.num_key_rows, heads),
         key, value, sets.table, sets.set_of_row, members, count, log_mass, key_mean, value_mean,
         key_variance, *key.stride()[:3], *value.stride()[:3], sets.num_slots,
-        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, num_warps=warps,
+        HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_M=block_m, PADDING=PADDING, num_warps=warps,
     )  # fmt: skip
-    members = members.unflatten(1, (-1, capacity))
+    members = members.view(heads, -1, capacity)
     return Clusters(members, count, log_mass, key_mean, value_mean, key_variance)
 
 

@@ -53,11 +53,13 @@ def _from_rows(rows: torch.Tensor, batch: int) -> torch.Tensor:
 
 def _as_blocks(tensor: torch.Tensor, block: int) -> torch.Tensor:
     """(B, H, N, D) to (B * N / block, H, block, D), a view where N rows of all heads lie together."""
-    return tensor.unflatten(2, (-1, block)).transpose(1, 2).flatten(0, 1)
+    _, heads, _, head_dim = tensor.shape
+    return tensor.transpose(1, 2).reshape(-1, block, heads, head_dim).transpose(1, 2)
 
 
 def _from_blocks(blocks: torch.Tensor, batch: int) -> torch.Tensor:
-    return blocks.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)
+    _, heads, _, head_dim = blocks.shape
+    return blocks.transpose(1, 2).reshape(batch, -1, heads, head_dim).transpose(1, 2)
 
 
 def _block_tokens(layout: Layout, block: int) -> tuple[torch.Tensor, torch.Tensor]:

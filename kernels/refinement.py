@@ -154,7 +154,7 @@ def refine(
     """
     batch, heads, length, head_dim = query.shape
     words = num_words(layout.max_seen, num_retrieved)
-    chosen = torch.empty(heads, batch * length, words, dtype=torch.int32, device=query.device)
+    chosen = query.new_empty(heads, batch * length, words, dtype=torch.int32)
     settings = choose_launch(query, _LAUNCH, _WIDE_LAUNCH, _PRECISE_LAUNCH)
     launch(
         _forward_kernel, (ceil_div(block, settings["BLOCK_Q"]), heads, layout.block_start.shape[0]),

@@ -145,16 +145,14 @@ def summary_backward(
     settings = choose_launch(query, _SUMMARY_LAUNCH, _WIDE_SUMMARY_LAUNCH, _PRECISE_SUMMARY_LAUNCH)
     shares = ceil_div(query.shape[2], settings["BLOCK_Q"])  # of a row's queries, at most
     splits = min(shares, ceil_div(_PROGRAMS, num_tiles * query.shape[1]))
-    parts = torch.empty(
-        2, groups * splits, kv_heads, num_clusters, head_dim, dtype=torch.float32, device=query.device
-    )
+    parts = query.new_empty(2, groups * splits, kv_heads, num_clusters, head_dim, dtype=torch.float32)
     launch(
         _summary_backward_kernel, (num_tiles, groups * splits, kv_heads),
         query, clusters.key_mean, clusters.value_mean, clusters.log_mass, *tiles, chosen, grad, lse, delta,
-        *parts, *token_strides(query, grad), *_sizes(query, clusters), kv_heads, splits, scale, block,
-        clusters_per_block, **_tiles(query, clusters, chosen), **settings,
+        *parts.unbind(), *token_strides(query, grad), *_sizes(query, clusters), kv_heads, splits, scale,
+        block, clusters_per_block, **_tiles(query, clusters, chosen), **settings,
     )  # fmt: skip
-    return tuple(parts.sum(1))
+    return parts.sum(1).unbind()
 
 
 def _sizes(query: torch.Tensor, clusters: Clusters) -> tuple[int, int]:

@@ -5,6 +5,7 @@ cluster, so that one program holds the keys of a cluster and streams the queries
 its own partial output; partial outputs are merged per query in a fixed order.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -47,14 +48,18 @@ class Items(NamedTuple):
 
 
 def sort_items(choice: torch.Tensor, num_clusters: int) -> Items:
-    """Sort the choice (Hkv, queries, r); clusters of -1 come first and belong to none."""
-    keys = choice.flatten(1)
-    if num_clusters < 1 << 15:
-        keys = keys.to(torch.int16)
-    sorted_keys, order = keys.sort(dim=1, stable=True)
-    edges = torch.arange(num_clusters + 1, device=choice.device, dtype=keys.dtype).expand(keys.shape[0], -1)
-    bounds = torch.searchsorted(sorted_keys, edges.contiguous(), out_int32=True)
+    """Sort the choice (Hkv, queries * r); clusters of -1 come first and belong to none."""
+    dtype = torch.int16 if num_clusters < 1 << 15 else torch.int32
+    sorted_keys, order = choice.to(dtype).sort(dim=1, stable=True)
+    numbers = _cluster_numbers(choice.shape[0], num_clusters + 1, dtype, choice.device)
+    bounds = torch.searchsorted(sorted_keys, numbers, out_int32=True)
     return Items(order.to(torch.int32), bounds)
+
+
+@lru_cache(maxsize=32)
+def _cluster_numbers(heads: int, many: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """0, 1, ... for each head: a constant that is only read."""
+    return torch.arange(many, dtype=dtype, device=device).repeat(heads, 1)
 
 
 @triton.jit
@@ -275,7 +280,7 @@ def retrieve(
     settings = choose_launch(query, _FORWARD, _FORWARD, _PRECISE)
     for kv_heads in _parts(query, key, num_retrieved):
         partial = query.new_empty(len(kv_heads), items.order.shape[1], query.shape[3])
-        partial_lse = torch.empty(partial.shape[:2], dtype=torch.float32, device=query.device)
+        partial_lse = query.new_empty(partial.shape[:2], dtype=torch.float32)
         launch(
             _retrieve_kernel, (clusters.count.shape[1], _SPLITS, len(kv_heads)),
             query, key, value, clusters.members, clusters.count, *items, partial, partial_lse,

@@ -73,29 +73,34 @@ def _list_kernel(
     chosen, block_start, block_length, first_cluster, num_seen, choice, num_tokens, num_retrieved,
     WORDS: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """Write the set bits of each row down as cluster numbers, one row a thread."""
+    """Write the set bits of each row down as cluster numbers, one row a thread, and -1 behind the last."""
     tile, head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
     inside = rows < tl.load(block_length + block)
     row = head.to(tl.int64) * num_tokens + tl.load(block_start + block) + rows
     seen, first = tl.load(num_seen + block), tl.load(first_cluster + block)
     word_at, to = chosen + row * WORDS, choice + row * num_retrieved
+    found = tl.zeros([BLOCK_Q], tl.int32)
     for w in range(0, (seen + 31) // 32):
         word = tl.load(word_at + w, mask=inside, other=0)
         while tl.max((word != 0).to(tl.int32), 0) > 0:
             lowest = word & -word
             # A power of two, whose exponent is the number of its bit.
             bit = ((lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
-            tl.store(to, first + w * 32 + bit, mask=word != 0)
-            to += (word != 0).to(tl.int32)
+            tl.store(to + found, first + w * 32 + bit, mask=word != 0)
+            found += (word != 0).to(tl.int32)
             word ^= lowest
+    for rank in range(num_retrieved):
+        tl.store(to + rank, -1, mask=inside & (rank >= found))
 
 
 def list_choice(chosen: torch.Tensor, layout: Layout, num_retrieved: int, block: int) -> torch.Tensor:
     """The choice (H, B * N, r) int32 from its bits (H, B * N, WORDS): clusters counted over the batch, in
     ascending order, and -1 behind the last."""
     heads, num_tokens, num_words = chosen.shape
-    choice = torch.full((heads, num_tokens, num_retrieved), -1, dtype=torch.int32, device=chosen.device)
+    choice = chosen.new_empty(heads, num_tokens, num_retrieved)
+    if layout.outside is not None:
+        choice.fill_(-1)
     if not num_retrieved:
         return choice
     grid = (ceil_div(block, _LISTED["BLOCK_Q"]), heads, layout.block_start.shape[0])

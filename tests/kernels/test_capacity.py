@@ -17,7 +17,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
         (300, 20, 23, 3),
         (300, 20, 15, 3),
         (700, 3, 240, 1),
-        (200, 90, 3, 4),
+        (120, 70, 3, 4),
         (300, 6, 50, 0),
     ],
     ids=["room", "no room to spare", "large clusters", "tiles of clusters", "all alike"],

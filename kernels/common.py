@@ -1,5 +1,7 @@
 """Primitives that several kernels share."""
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -7,11 +9,16 @@ import triton.language as tl
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
+# What a device can do does not change, and PyTorch takes microseconds to say it.
+_device_capability = lru_cache(torch.cuda.get_device_capability)
+
+
 def has_much_shared_memory(tensor: torch.Tensor) -> bool:
     """Whether a program may use more than 99 KiB, up to 227, of it."""
-    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] in (9, 10)
+    return tensor.is_cuda and _device_capability(tensor.device)[0] in (9, 10)
 
 
+@lru_cache(maxsize=1024)
 def power_of_two(number: int, least: int = 16) -> int:
     """The next power of two, and at least what a matrix product needs."""
     return max(least, 1 << (number - 1).bit_length())

@@ -352,7 +352,7 @@ def sort_by_cluster(
 def _assign(query, key, sets, chunks, num_points, centroids, **flags):
     """Label, closeness and rank (H, points) of the points of chunks, and the counts (H, num_counts)."""
     heads, tiles = query.shape[1], _tiles(query, sets)
-    label, near, rank = torch.empty(3, heads, num_points, dtype=torch.int32, device=query.device)
+    label, near, rank = (query.new_empty(heads, num_points, dtype=torch.int32) for _ in range(3))
     counts = label.new_empty(heads, sets.num_counts)
     launch(
         _assign_kernel, (chunks.shape[0], heads),

@@ -135,7 +135,7 @@ def forward(
     if levels is None:
         output = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
         refine(query, sets, groups, centroids, summaries, _rows_of(output), part_lse, scale)
-        row_lse = part_lse.unflatten(1, (batch, length)).transpose(0, 1).clone()
+        row_lse = part_lse.view(heads, batch, length).transpose(0, 1).clone()
         results = [output, part_lse, row_lse]
     else:
         parts = query.new_empty(heads, sets.num_query_points, head_dim)

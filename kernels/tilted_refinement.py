@@ -360,7 +360,7 @@ def refine_backward(
     rows = (sets.num_key_rows, sets.num_rows, sets.num_key_points, sets.num_points)
     # A warp for 16 rows of the products: more would do the same work again.
     warps = block_c // 16 if query.element_size() == 2 else tiles["num_warps"]
-    sorted_lse, slope = lse.new_empty(2, heads, sets.num_query_points)
+    sorted_lse, slope = torch.empty_like(part_lse), torch.empty_like(part_lse)
     launch(
         _query_backward_kernel, (sets.num_query_rows, heads),
         query, grad, part_lse, lse, delta, *clusters, summaries.log_mass, summaries.key_mean,

@@ -455,6 +455,7 @@ def summarise(
         means = key.new_empty(2, kv_heads, sets.num_key_rows, head_dim, dtype=torch.float32)
         moment = key.new_empty(heads, sets.num_query_rows, head_dim, head_dim)
         log_total = key.new_empty(heads, sets.num_query_rows, dtype=torch.float32)
+    both_means = (None, None) if means is None else means.unbind()
     tiles = _tiles(key, sets)
     tiles_of_centroids = ceil_div(sets.max_clusters, tiles["BLOCK_A"])
     groups = heads // kv_heads
@@ -464,7 +465,7 @@ def summarise(
     launch(
         _summary_kernel, (sets.num_key_rows, parts, kv_heads),
         key, value, sets.table, sets.set_of_row, members, held, centroids, log_mass, key_mean, value_mean,
-        covariance, *((None, None) if means is None else means), *key.stride()[:3], *value.stride()[:3],
+        covariance, *both_means, *key.stride()[:3], *value.stride()[:3],
         sets.num_key_sets, sets.num_key_rows, sets.num_rows, sets.num_slots, sets.num_pairs,
         tiles_of_centroids, scale, DIPOLE=dipole, GROUP_HEADS=groups, num_stages=2, **tiles,
     )  # fmt: skip
@@ -495,7 +496,7 @@ def summaries_backward(
             sets.num_key_sets, sets.num_key_rows, sets.num_query_rows, sets.num_pairs, tiles_of_clusters,
             GROUP_HEADS=groups, SIZE=head_dim**2, BLOCK_X=tile, BLOCK_E=64,
         )  # fmt: skip
-    means = (None, None) if summaries.means is None else summaries.means
+    means = (None, None) if summaries.means is None else summaries.means.unbind()
     tiles = _key_backward_tiles(key, sets)
     launch(
         _key_backward_kernel, (sets.num_key_rows, kv_heads),

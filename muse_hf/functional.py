@@ -186,7 +186,7 @@ def _check_types(named: dict[str, Any], is_causal: Any, scale: Any, segments: An
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
         if tensor.dtype not in _DTYPES:
             raise TypeError(f"{name} has dtype {tensor.dtype}; supported are {_DTYPES}")
-        if tensor.device.type == "meta":
+        if tensor.is_meta:
             raise ValueError(f"{name} is on the meta device and holds no numbers to cluster")
     if not isinstance(is_causal, bool):
         raise TypeError(f"is_causal must be True or False, got {is_causal!r}")
@@ -207,7 +207,7 @@ def _check_shapes(named: dict[str, torch.Tensor], is_causal: bool, segments: Seg
             raise TypeError(f"{name} has dtype {tensor.dtype} but query has {query.dtype}; cast one of them")
         if tensor.device != query.device:
             raise ValueError(f"{name} is on {tensor.device} but query is on {query.device}")
-        if 0 in tensor.shape:
+        if not tensor.numel():
             raise ValueError(f"{name} is empty: shape {_shape(tensor)}")
     if key.shape != value.shape:
         raise ValueError(f"key {_shape(key)} and value {_shape(value)} must have the same shape")

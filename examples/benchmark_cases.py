@@ -59,9 +59,9 @@ PRESETS = {
     "table": [
         Case(Shape(16, 8, 8, 8192, 64, causal=False), _PAPER),
         Case(Shape(16, 8, 8, 8192, 128, causal=False), _PAPER),
-        Case(Shape(128, 8, 8, 1024, 64, causal=False), _PAPER.replace(local_block=512)),
+        Case(Shape(128, 8, 8, 1024, 64, causal=False), _PAPER.replace(local_block=512, num_clusters=8)),
         Case(_ONE_LAYER, _PAPER_LONG),
-        Case(Shape(1, 8, 8, 16384, 64), _PAPER),
+        Case(Shape(1, 8, 8, 16384, 64), _PAPER.replace(local_block=2048)),
         Case(_ONE_LAYER, _DEFAULT),
         Case(Shape(1, 32, 8, 65536, 64), _DEFAULT),
         Case(Shape(1, 16, 16, 16384, 64), _DEFAULT),

@@ -27,11 +27,16 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Times(NamedTuple):
-    """Milliseconds: the median, and the 20th and the 80th percentile, of the runs of one pass."""
+    """Milliseconds of one pass: the median, and the 20th and the 80th percentile, of its runs.
+
+    `graph` is the median of the same pass as a CUDA graph, which leaves out what the host takes to launch it;
+    None on a CPU.
+    """
 
     median: float
     p20: float
     p80: float
+    graph: float | None = None
 
 
 PassTimes = dict[str, Times]
@@ -56,6 +61,11 @@ class Peers:
         backend = min(self.exact, key=lambda backend: self.exact[backend][name].median)
         return backend, self.exact[backend][name]
 
+    def fastest_graph(self, name: str) -> float | None:
+        """Milliseconds of the exact kernel that is fastest in a pass as a CUDA graph."""
+        graphs = [times[name].graph for times in self.exact.values() if times[name].graph is not None]
+        return min(graphs, default=None)
+
 
 def time_passes(attend: Attend, tensors: Sequence[torch.Tensor], rep_ms: float) -> PassTimes:
     """Times of the forward (which keeps what training needs), of the backward alone, and of both.
@@ -66,6 +76,17 @@ def time_passes(attend: Attend, tensors: Sequence[torch.Tensor], rep_ms: float) 
         rep_ms: Milliseconds for which a pass is repeated, after a warm-up. A pass that takes longer is
             measured once on a GPU, so that its percentiles say nothing, and three times on a CPU.
     """
+    if not tensors[0].is_cuda:
+        return _time_passes(attend, tensors, rep_ms, _time_on_cpu)
+    # CUDA graphs are not captured on the default stream, and a backward runs where its forward did.
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        return _time_passes(attend, tensors, rep_ms, _time_on_gpu)
+
+
+def _time_passes(
+    attend: Attend, tensors: Sequence[torch.Tensor], rep_ms: float, timed: Callable[..., Times]
+) -> PassTimes:
     *leaves, grad = (tensor.detach() for tensor in tensors)
     leaves = [leaf.requires_grad_() for leaf in leaves]
     output = attend(*leaves)
@@ -74,14 +95,20 @@ def time_passes(attend: Attend, tensors: Sequence[torch.Tensor], rep_ms: float) 
         "backward": lambda: torch.autograd.grad(output, leaves, grad, retain_graph=True),
         "both": lambda: torch.autograd.grad(attend(*leaves), leaves, grad),
     }
-    timed = _time_on_gpu if grad.is_cuda else _time_on_cpu
     return {name: timed(function, rep_ms) for name, function in passes.items()}
 
 
 def _time_on_gpu(function: Callable[[], object], rep_ms: float) -> Times:
     from triton.testing import do_bench  # Triton is there on Linux only
 
-    return Times(*do_bench(function, warmup=_WARM_UP_MS, rep=rep_ms, quantiles=list(_QUANTILES)))
+    def quantiles(run: Callable[[], object]) -> list[float]:
+        return do_bench(run, warmup=_WARM_UP_MS, rep=rep_ms, quantiles=list(_QUANTILES))
+
+    eager = quantiles(function)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        function()
+    return Times(*eager, graph=quantiles(graph.replay)[0])
 
 
 def _time_on_cpu(function: Callable[[], object], rep_ms: float) -> Times:

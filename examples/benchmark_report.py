@@ -24,6 +24,7 @@ _SETTING = [
 ]  # fmt: skip
 COLUMNS = [
     *_SHAPE, *_SETTING, "inputs", "dtype", "pass", "exact_ms", "muse_ms", "speedup", "rel_sq_error",
+    "exact_graph_ms", "muse_graph_ms", "graph_speedup",
     "exact_backend", "exact_p20_ms", "exact_p80_ms", "muse_p20_ms", "muse_p80_ms", "cudnn_ms", "flash_ms",
     *(f"window_{window}_ms" for window in WINDOWS), "peak_bytes", "peak_ratio", "gate_distance",
     "gpu", "torch", "triton", "muse_hf",
@@ -31,6 +32,7 @@ COLUMNS = [
 
 _WIDTHS = {
     "shape": -28, "setting": -40, "pass": -9, "exact ms": 15, "MuSe ms": 9, "p20 - p80": 17, "speed-up": 9,
+    "as graphs": 10,
     **{f"window {window}": 12 for window in WINDOWS}, "rel.sq.error": 13, "peak memory": 12,
 }  # fmt: skip
 
@@ -68,6 +70,7 @@ def table_line(row: Row) -> str:
             f"{row['muse_ms']:.3f}",
             f"{row['muse_p20_ms']:.3f} - {row['muse_p80_ms']:.3f}",
             f"{row['speedup']:.2f}x",
+            "-" if row["graph_speedup"] is None else f"{row['graph_speedup']:.2f}x",
             *("-" if time is None else f"{time:.3f} ms" for time in windows),
             f"{row['rel_sq_error']:.2%}",
             "-" if row["peak_ratio"] is None else f"{row['peak_ratio']:.1f}x",

@@ -22,8 +22,10 @@ from muse_hf.kernels.common import (
 from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.layout import Layout
 
-_QUERY_LAUNCH = {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
-_KEY_LAUNCH = {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}
+_QUERY_LAUNCH = {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+_WIDE_QUERY_LAUNCH = {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+_KEY_LAUNCH = {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 168}
+_WIDE_KEY_LAUNCH = {"BLOCK_Q": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
 _PRECISE_QUERY_LAUNCH = {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1}
 _PRECISE_KEY_LAUNCH = {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1}
 
@@ -243,14 +245,14 @@ def local_backward(
     sizes = query.shape[2], query.shape[0] * query.shape[2]
     dims = {"GROUP_HEADS": heads // kv_heads, "HEAD_DIM": head_dim, "BLOCK_D": power_of_two(head_dim)}
     bounds, parts = query_parts or ((None, None), None)
-    settings = choose_launch(query, _QUERY_LAUNCH, _QUERY_LAUNCH, _PRECISE_QUERY_LAUNCH)
+    settings = choose_launch(query, _QUERY_LAUNCH, _WIDE_QUERY_LAUNCH, _PRECISE_QUERY_LAUNCH)
     launch(
         _query_kernel, (ceil_div(block, settings["BLOCK_Q"]), heads, blocks[0].shape[0]),
         *read, terms, *blocks, *bounds, parts, grads[0], *strides, *grads[0].stride()[:3], *sizes,
         0 if parts is None else parts.shape[1], scale, **dims, **settings,
     )  # fmt: skip
     bounds, *parts = key_parts or ((None, None), None, None)
-    settings = choose_launch(query, _KEY_LAUNCH, _KEY_LAUNCH, _PRECISE_KEY_LAUNCH)
+    settings = choose_launch(query, _KEY_LAUNCH, _WIDE_KEY_LAUNCH, _PRECISE_KEY_LAUNCH)
     launch(
         _key_kernel, (ceil_div(block, settings["BLOCK_K"]), kv_heads, blocks[0].shape[0]),
         *read, terms, *blocks, *bounds, *parts, *grads[1:], *strides, *grads[1].stride()[:3],

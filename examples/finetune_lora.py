@@ -22,7 +22,11 @@ Beside an adapter, in the folder `model`, is the config of its model, which says
 
     import muse_hf
     config = AutoConfig.from_pretrained("runs/finetune/muse/model")
-    model = AutoModelForCausalLM.from_pretrained("runs/finetune/muse", config=config)
+    model = AutoModelForCausalLM.from_pretrained("path/to/model", config=config)
+    model = PeftModel.from_pretrained(model, "runs/finetune/muse")
+
+(PEFT loads the adapter: what `AutoModelForCausalLM.from_pretrained("runs/finetune/muse")` does for adapters
+leaves those of GPT-2 at their random start before Transformers 5.6.)
 """
 
 import dataclasses

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -61,7 +62,7 @@ def test_an_adapter_reloads_with_its_policy(model, folder, tmp_path, capsys):
     assert "MuSe relative to exact" in printed
     assert "score" not in printed
 
-    adapted, exact = (reloaded(out / attention) for attention in ("muse", "exact"))
+    adapted, exact = (reloaded(folder / model, out / attention) for attention in ("muse", "exact"))
     assert (adapted.config._attn_implementation, adapted.config.muse) == ("muse", saved["muse"])
     assert adapted.config.muse["layers"] == [0, -1]
     assert exact.config._attn_implementation == "sdpa"
@@ -71,9 +72,10 @@ def test_an_adapter_reloads_with_its_policy(model, folder, tmp_path, capsys):
     assert loss == pytest.approx(saved["results"]["muse"]["after"]["loss"], abs=0.5)
 
 
-def reloaded(folder):
-    config = AutoConfig.from_pretrained(folder / "model")
-    return AutoModelForCausalLM.from_pretrained(folder, config=config).eval()
+def reloaded(model, adapter):
+    config = AutoConfig.from_pretrained(adapter / "model")
+    base = AutoModelForCausalLM.from_pretrained(model, config=config)
+    return PeftModel.from_pretrained(base, adapter).eval()
 
 
 def test_all_weights_and_a_task(folder, tmp_path, capsys):

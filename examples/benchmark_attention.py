@@ -45,23 +45,18 @@ from benchmark_measure import (
     time_passes,
 )
 from benchmark_report import COLUMNS, plot, setting_columns, table_head, table_line, table_note
-from command_line import UsageError
+from command_line import UsageError, exit_code
 
 import muse_hf
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the script; returns its exit code."""
-    try:
-        arguments = parse_arguments(argv, description=__doc__)
-        gates_failed = benchmark(arguments)
-    except UsageError as error:
-        print(f"\nbenchmark_attention.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nbenchmark_attention.py: interrupted; the rows measured so far are kept.", file=sys.stderr)
-        return 130
-    return 1 if gates_failed else 0
+    return exit_code(
+        "benchmark_attention.py",
+        lambda: 1 if benchmark(parse_arguments(argv, description=__doc__)) else 0,
+        interrupted="interrupted; the rows measured so far are kept",
+    )
 
 
 def benchmark(arguments: Arguments) -> int:

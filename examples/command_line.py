@@ -4,7 +4,8 @@ import argparse
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -83,6 +84,23 @@ def make_parser(groups: Sequence[type], script: str, description: str) -> HfArgu
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
+
+
+def exit_code(script: str, work: Callable[[], int | None], interrupted: str = "interrupted") -> int:
+    """Do the work of a script; what keeps it from being done becomes one sentence and an exit code.
+
+    Args:
+        work: Returns an exit code, or None for 0.
+        interrupted: What to say after Ctrl-C.
+    """
+    try:
+        return work() or 0
+    except UsageError as error:
+        print(f"\n{script}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{script}: {interrupted}.", file=sys.stderr)
+        return 130
 
 
 def parse(parser: HfArgumentParser, argv: list[str] | None) -> list[Any]:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import tqdm
-from command_line import UsageError, make_parser, next_free, option, parse
+from command_line import UsageError, exit_code, make_parser, next_free, option, parse
 from long_context_report import (
     plot_lengths,
     plot_losses,
@@ -62,15 +62,7 @@ class EvaluationArguments:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the script; returns its exit code."""
-    try:
-        evaluate(*parse_arguments(argv))
-    except UsageError as error:
-        print(f"\nevaluate_long_context.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nevaluate_long_context.py: interrupted.", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code("evaluate_long_context.py", lambda: evaluate(*parse_arguments(argv)))
 
 
 def parse_arguments(

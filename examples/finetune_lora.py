@@ -39,7 +39,7 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, set_seed, tqdm
-from command_line import UsageError, make_parser, next_free, option, parse
+from command_line import UsageError, exit_code, make_parser, next_free, option, parse
 from finetune_data import Example, TaskArguments, task_examples, text_examples
 from peft import LoraConfig, get_peft_model
 from plugin import muse_hf
@@ -79,15 +79,7 @@ class FinetuneArguments:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the script; returns its exit code."""
-    try:
-        finetune(*parse_arguments(argv))
-    except UsageError as error:
-        print(f"\nfinetune_lora.py: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nfinetune_lora.py: interrupted.", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code("finetune_lora.py", lambda: finetune(*parse_arguments(argv)))
 
 
 def parse_arguments(

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from muse_hf.config import MuseConfig
+from muse_hf.functional import op_and_reason_against
 
 _PACKAGES = ("muse_hf", "torch", "triton", "transformers", "accelerate", "peft", "datasets", "matplotlib")
 
@@ -41,10 +42,5 @@ def _backend() -> str:
     config = MuseConfig()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     query = torch.empty(1, 1, 4 * config.local_block, 64, dtype=torch.bfloat16, device=device)
-    try:
-        from muse_hf.kernels.attention import reason_against
-
-        reason = reason_against(query, query, True, config)
-    except ImportError as error:
-        reason = f"Triton could not be imported ({error})"
+    _, reason = op_and_reason_against(query, query, True, config)
     return f"reference; the Triton kernels: {reason}" if reason else "triton, in the default setting"

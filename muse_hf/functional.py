@@ -111,7 +111,7 @@ def _kernels(
     elif not is_causal and segments is not None:
         op, reason = None, "they serve padded and packed batches in causal attention only"
     else:
-        op, reason = _op_and_reason_against(query, key, is_causal, config)
+        op, reason = op_and_reason_against(query, key, is_causal, config)
     if reason and config.backend == "triton":
         raise NotImplementedError(
             f'MuseConfig.backend="triton" cannot be obeyed: {reason}; use "auto" or "reference"'
@@ -119,13 +119,14 @@ def _kernels(
     return None if reason else op
 
 
-def _op_and_reason_against(
+def op_and_reason_against(
     query: torch.Tensor, key: torch.Tensor, is_causal: bool, config: MuseConfig
 ) -> tuple[Callable[..., tuple[torch.Tensor, torch.Tensor]] | None, str | None]:
+    """The Triton op for a config, None without Triton, and what keeps it from serving a call, if anything."""
     try:  # Triton is there on Linux only, and only needed here
         from muse_hf.kernels import attention, tilted_attention
     except ImportError as error:
-        return None, str(error)
+        return None, f"Triton could not be imported ({error})"
     if config.summaries == "tilted":
         op, reason_against = tilted_attention.triton_tilted_attention, tilted_attention.reason_against
     else:

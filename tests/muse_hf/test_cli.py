@@ -157,15 +157,31 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("how", ["script.py", "python script.py", "console", "-m script"])
-def test_run(how, folder, tmp_path):
+@pytest.fixture
+def programs(tmp_path):
+    """A folder of a program in two forms, and a module that it imports."""
     tmp_path.joinpath("helper_beside_it.py").touch()
     tmp_path.joinpath("script.py").write_text(SCRIPT)
     tmp_path.joinpath("console").write_text(f"#!{sys.executable}\n{SCRIPT}")
-    words = f"./{how}".split() if how == "console" else how.split()
+    return tmp_path
+
+
+@pytest.mark.parametrize("how", ["script.py", "python script.py", "./console", "-m script"])
+def test_run(how, folder, programs, monkeypatch, capsys):
+    monkeypatch.chdir(programs)
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.delitem(sys.modules, "helper_beside_it", raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        call("run", "--", *how.split(), folder / "llama", "--", "-x")
+    assert stopped.value.code == 3
+    assert capsys.readouterr().out == "muse ['--', '-x']\n"
+
+
+def test_run_in_a_process_of_its_own(folder, programs):
     done = subprocess.run(
-        [sys.executable, "-m", "muse_hf", "run", "--", *words, str(folder / "llama"), "--", "-x"],
-        cwd=tmp_path, capture_output=True, text=True,
+        [sys.executable, "-m", "muse_hf", "run", "--", "script.py", str(folder / "llama"), "--", "-x"],
+        cwd=programs, capture_output=True, text=True,
     )  # fmt: skip
     assert done.stdout == "muse ['--', '-x']\n", done.stderr
     assert done.returncode == 3

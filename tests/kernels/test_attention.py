@@ -6,24 +6,12 @@ from muse_hf.kernels import attention
 from torch.utils.checkpoint import checkpoint
 
 from muse_hf import MuseConfig, Segments, muse_attention
+from tests.kernels.comparing import DEVICE, LOW, NAMES, check, check_sequences, error, reference, results
 from tests.kernels.dense import dense_attention
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = MuseConfig(
     local_block=16, cluster_size=4, num_retrieved=2, kmeans_iters=1, cluster_cap=1.5, backend="triton"
 )
-# Triton's interpreter multiplies bfloat16 as if it were integers.
-LOW = (torch.float16, torch.bfloat16) if torch.cuda.is_available() else (torch.float16,)
-NAMES = ("output", "logsumexp", "query gradient", "key gradient", "value gradient")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """torch.empty gives NaN and large integers, so that nothing rests on what memory happens to hold."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def inputs(batch=1, heads=2, kv_heads=1, length=70, head_dim=16, dtype=torch.float32):
@@ -31,18 +19,6 @@ def inputs(batch=1, heads=2, kv_heads=1, length=70, head_dim=16, dtype=torch.flo
     generator = torch.Generator().manual_seed(0)
     shapes = [(batch, length, h, head_dim) for h in (heads, kv_heads, kv_heads, heads)]
     return [torch.randn(s, generator=generator).to(DEVICE, dtype).transpose(1, 2) for s in shapes]
-
-
-def results(tensors, config, segments=None):
-    """Output, logsumexp and the gradients of query, key and value."""
-    *leaves, grad = tensors
-    leaves = [tensor.detach().requires_grad_() for tensor in leaves]
-    output, lse = muse_attention(*leaves, is_causal=True, config=config, segments=segments, return_lse=True)
-    return [output, lse, *torch.autograd.grad(output, leaves, grad)]
-
-
-def error(actual, exact):
-    return ((actual.double() - exact).norm() / exact.norm()).item()
 
 
 @pytest.mark.parametrize(
@@ -69,11 +45,7 @@ def error(actual, exact):
     ],
 )
 def test_kernels_compute_what_the_reference_does(shape, changes):
-    config = CONFIG.replace(**changes)
-    tensors = inputs(**shape)
-    expected = results([tensor.double() for tensor in tensors], config.replace(backend="reference"))
-    for name, actual, exact in zip(NAMES, results(tensors, config), expected):
-        assert error(actual, exact) < 2e-6, f"{name}: relative error {error(actual, exact):.1e}"
+    check(inputs(**shape), CONFIG.replace(**changes))
 
 
 def test_strided_inputs():
@@ -130,23 +102,12 @@ def test_few_choices_differ_in_low_precision(low):
 def test_packed_and_padded_sequences_equal_each_alone():
     """Documents of several lengths, short ones too, with padding before, between and behind them."""
     segments = Segments((2, 60), rows=[0, 0, 1], starts=[3, 13, 0], lengths=[8, 44, 41])
-    tensors = inputs(batch=2, heads=1, length=60)
-    together = results(tensors, CONFIG, segments)
-    outside = ~segments.token_mask(tensors[0].device)
-    for name, result in zip(NAMES, together):
-        assert (result[outside[:, None].expand(result.shape[:3])] == 0).all(), f"{name} outside the sequences"
-    for row, start, length in zip(segments.rows, segments.starts, segments.lengths):
-        part = slice(start, start + length)
-        alone = [tensor[row : row + 1, :, part] for tensor in tensors]
-        config = CONFIG if length > CONFIG.local_block else CONFIG.replace(backend="reference")
-        for name, result, expected in zip(NAMES, together, results(alone, config)):
-            torch.testing.assert_close(
-                result[row : row + 1, :, part],
-                expected,
-                rtol=1e-5,
-                atol=1e-6,
-                msg=lambda m, n=name: f"{n}: {m}",
-            )
+
+    def alone(tensors):
+        served = tensors[0].shape[2] > CONFIG.local_block
+        return (results if served else reference)(tensors, CONFIG)
+
+    check_sequences(inputs(batch=2, heads=1, length=60), CONFIG, segments, alone)
 
 
 def test_a_prefix_gives_the_prefix():

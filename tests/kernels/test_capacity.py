@@ -7,8 +7,7 @@ from muse_hf.kernels.kmeans import kmeans, sort_by_cluster
 from muse_hf.kernels.point_sets import PointSet, point_sets
 
 from muse_hf.reference.clustering import assign_with_capacity, kmeans_centroids
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+from tests.kernels.comparing import DEVICE
 
 
 @pytest.mark.parametrize(

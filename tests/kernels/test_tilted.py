@@ -8,23 +8,11 @@ from muse_hf.kernels import kmeans, point_sets, tilted_attention, tilted_refinem
 from torch.utils.checkpoint import checkpoint
 
 from muse_hf import MuseConfig, Segments, muse_attention
+from tests.kernels.comparing import DEVICE, LOW, NAMES, check, check_sequences, error, reference, results
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CONFIG = MuseConfig.paper(local_block=16, num_clusters=6, backend="triton")
 # Few clusters, for tests that run several times.
 SMALL = CONFIG.replace(num_clusters=2)
-# Triton's interpreter multiplies bfloat16 as if it were integers.
-LOW = (torch.float16, torch.bfloat16) if torch.cuda.is_available() else (torch.float16,)
-NAMES = ("output", "logsumexp", "query gradient", "key gradient", "value gradient")
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """torch.empty gives NaN and large integers, so that nothing rests on what memory happens to hold."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def inputs(batch=1, heads=1, kv_heads=1, queries=40, keys=50, head_dim=16):
@@ -37,27 +25,6 @@ def inputs(batch=1, heads=1, kv_heads=1, queries=40, keys=50, head_dim=16):
     ]
 
 
-def results(tensors, is_causal, config, segments=None):
-    """Output, logsumexp and the gradients of query, key and value."""
-    *leaves, grad = tensors
-    leaves = [tensor.detach().requires_grad_() for tensor in leaves]
-    output, lse = muse_attention(
-        *leaves, is_causal=is_causal, config=config, segments=segments, return_lse=True
-    )
-    return [output, lse, *torch.autograd.grad(output, leaves, grad)]
-
-
-def reference(tensors, is_causal, config):
-    return results(tensors, is_causal, config.replace(backend="reference"))
-
-
-def check(tensors, is_causal, config):
-    expected = reference([tensor.double() for tensor in tensors], is_causal, config)
-    for name, actual, exact in zip(NAMES, results(tensors, is_causal, config), expected):
-        error = (actual.double() - exact).norm() / exact.norm()
-        assert error < 2e-6, f"{name}: relative error {error:.1e}"
-
-
 @pytest.mark.parametrize(
     ("shape", "changes"),
     [
@@ -68,7 +35,7 @@ def check(tensors, is_causal, config):
     ids=["grouped heads", "odd head size, batch, monopole", "balanced clusters"],
 )
 def test_acausal_kernels_compute_what_the_reference_does(shape, changes):
-    check(inputs(**shape), False, CONFIG.replace(**changes))
+    check(inputs(**shape), CONFIG.replace(**changes), is_causal=False)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +48,7 @@ def test_acausal_kernels_compute_what_the_reference_does(shape, changes):
     ids=["grouped heads, three levels", "full blocks, own centroids", "fewer queries than clusters"],
 )
 def test_causal_kernels_compute_what_the_reference_does(shape, changes):
-    check(inputs(queries=shape["keys"], **shape), True, CONFIG.replace(**changes))
+    check(inputs(queries=shape["keys"], **shape), CONFIG.replace(**changes))
 
 
 def test_many_clusters_and_tokens_are_worked_through_in_parts(monkeypatch):
@@ -93,29 +60,14 @@ def test_many_clusters_and_tokens_are_worked_through_in_parts(monkeypatch):
         monkeypatch.setattr(module, name, 16)
     monkeypatch.setattr(point_sets, "_CHUNK", 16)
     monkeypatch.setattr(point_sets, "_CHUNK_PER_CLUSTER", 1)
-    check(inputs(keys=70, queries=60), False, CONFIG.replace(local_block=20, num_clusters=20))
+    check(inputs(keys=70, queries=60), CONFIG.replace(local_block=20, num_clusters=20), is_causal=False)
 
 
 def test_packed_and_padded_sequences_equal_each_alone():
     """Documents of several lengths, a short one too, with padding before, between and behind them."""
     segments = Segments((2, 60), rows=[0, 0, 1], starts=[3, 13, 0], lengths=[8, 44, 20])
     tensors = inputs(batch=2, queries=60, keys=60)
-    together = results(tensors, True, CONFIG, segments)
-    outside = ~segments.token_mask(tensors[0].device)
-    for name, result in zip(NAMES, together):
-        assert (result[outside[:, None].expand(result.shape[:3])] == 0).all(), f"{name} outside the sequences"
-    for row, start, length in zip(segments.rows, segments.starts, segments.lengths):
-        part = slice(start, start + length)
-        alone = [tensor[row : row + 1, :, part] for tensor in tensors]
-        expected = reference(alone, True, CONFIG)
-        for name, result, exact in zip(NAMES, together, expected):
-            torch.testing.assert_close(
-                result[row : row + 1, :, part],
-                exact,
-                rtol=1e-5,
-                atol=2e-6,
-                msg=lambda m, n=name: f"{n}: {m}",
-            )
+    check_sequences(tensors, CONFIG, segments, partial(reference, config=CONFIG))
 
 
 @pytest.mark.parametrize("dtype", LOW)
@@ -123,11 +75,11 @@ def test_low_precision_costs_no_more_than_rounding(dtype):
     """Inputs of a few bits, and some of them as centroids: clusters are the same in every precision."""
     config = CONFIG.replace(kmeans_iters=0)
     tensors = [(tensor * 4).round().div(4).to(dtype) for tensor in inputs(keys=48, queries=48)]
-    exact = reference([tensor.double() for tensor in tensors], True, config)
-    low = reference(tensors, True, config)
-    for name, actual, rounded, expected in zip(NAMES, results(tensors, True, config), low, exact):
-        error, usual = (((x.double() - expected).norm() / expected.norm()).item() for x in (actual, rounded))
-        assert error < 2 * usual + 1e-3, f"{name}: relative error {error:.1e}, the reference's {usual:.1e}"
+    exact = reference([tensor.double() for tensor in tensors], config)
+    low = reference(tensors, config)
+    for name, actual, rounded, expected in zip(NAMES, results(tensors, config), low, exact):
+        here, usual = error(actual, expected), error(rounded, expected)
+        assert here < 2 * usual + 1e-3, f"{name}: relative error {here:.1e}, the reference's {usual:.1e}"
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
@@ -172,5 +124,5 @@ def test_what_is_not_served_is_refused(is_causal, changes, reason):
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_the_same_inputs_give_the_same_bits(is_causal):
     tensors = inputs(queries=34, keys=34)
-    for first, second in zip(results(tensors, is_causal, SMALL), results(tensors, is_causal, SMALL)):
+    for first, second in zip(*(results(tensors, SMALL, is_causal) for _ in range(2))):
         assert torch.equal(first, second)

@@ -1,9 +1,14 @@
-"""Text for the examples to read."""
+"""Text for the examples to read, and a run that several tests look at."""
 
 import random
 from pathlib import Path
 
 import pytest
+
+from tests.examples.running import interruptible, run
+
+# isort: split
+from corpus import file_corpus, text_files, train_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +20,21 @@ def folder(tmp_path_factory) -> Path:
     for index in range(40):
         path.joinpath(f"{index:02}.txt").write_text(" ".join(generator.choices(words, k=300)))
     return path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(folder):
+    return train_tokenizer((path.read_text() for path in sorted(folder.iterdir())), 320, 20000)
+
+
+@pytest.fixture
+def corpus(folder):
+    return file_corpus(text_files([str(folder)], "*"), held_out_every=5)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(folder, tmp_path_factory) -> Path:
+    """A finished run with exact attention: accumulation, several epochs, checkpoints."""
+    output = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    assert run(*interruptible(folder, output)) == 0
+    return output

@@ -27,6 +27,13 @@ def run(*arguments) -> int:
     return pretrain.main([str(argument) for argument in arguments])
 
 
+def interruptible(folder: Path, output: Path) -> list[str]:
+    """Arguments of a run with accumulation, several epochs, checkpoints and exact attention."""
+    schedule = "--steps 100 --gradient_accumulation_steps 2 --checkpoint_every 6 --eval_every 25"
+    where = ["--text", str(folder), "--output_dir", str(output), "--attention", "exact"]
+    return [*where, *TINY, *shlex.split(schedule)]
+
+
 def rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))

@@ -1,13 +1,7 @@
-"""The pretraining example: packing, resuming, refusing, and everything that a run must leave behind."""
+"""The pretraining example: everything that a run must leave behind, and what is refused."""
 
-import itertools
 import json
-import os
 import shlex
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import datasets
@@ -16,20 +10,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tests.examples.running import EXAMPLES, TINY, TINY_MUSE, losses, pretrain, rows, run
+from tests.examples.running import TINY, TINY_MUSE, losses, pretrain, rows, run
 
 # isort: split
-from corpus import (
-    file_corpus,
-    held_out_windows,
-    pack,
-    read_files,
-    standard_library_files,
-    text_files,
-    tokenize,
-    train_tokenizer,
-    training_windows,
-)
+from corpus import held_out_windows
 from models import build_model, model_config, parameter_groups
 from pretrain_arguments import (
     Arguments,
@@ -40,76 +24,6 @@ from pretrain_arguments import (
     with_resolved_paths,
 )
 from report import summarize, summary_text
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder):
-    return train_tokenizer((path.read_text() for path in sorted(folder.iterdir())), 320, 20000)
-
-
-@pytest.fixture
-def corpus(folder):
-    return file_corpus(text_files([str(folder)], "*"), held_out_every=5)
-
-
-def test_packing_keeps_every_token_once_and_ends_every_document():
-    documents = [[1, 2, 3], [4], [], [5, 6, 7, 8, 9, 10, 11], [12, 13]]
-    stream = [1, 2, 3, 0, 4, 0, 0, 5, 6, 7, 8, 9, 10, 11, 0, 12, 13, 0]
-    for length in (1, 2, 4, 5, 18, 19):
-        windows = list(pack(documents, end=0, length=length))
-        full = len(stream) // length * length
-        assert all(window.shape == (length,) for window in windows), f"a window is not {length} tokens long"
-        packed = [token for window in windows for token in window.tolist()]
-        assert packed == stream[:full], f"windows of {length} tokens are not the documents in order: {packed}"
-
-
-def test_windows_spell_out_the_training_documents(corpus, tokenizer):
-    texts = list(corpus.texts(held_out=False))
-    windows = training_windows(corpus, tokenizer, length=64, count=10**6, streaming=False)
-    tokens = np.concatenate([window["input_ids"] for window in windows])
-    decoded = tokenizer.decode(tokens).split(tokenizer.eos_token)
-    assert decoded[:-1] == texts[: len(decoded) - 1], "the windows do not spell out the documents in order"
-    assert len(texts) - len(decoded) <= 1, "documents are missing at the end"
-
-
-def test_streamed_windows_are_those_in_memory(corpus, tokenizer):
-    kept = training_windows(corpus, tokenizer, length=64, count=10, streaming=False)
-    streamed = training_windows(corpus, tokenizer, length=64, count=10, streaming=True)
-    for index, (one, other) in enumerate(zip(kept, itertools.islice(streamed, 10))):
-        assert torch.equal(one["input_ids"], other["input_ids"]), f"window {index} differs when streaming"
-
-
-def test_held_out_documents_are_never_trained_on(corpus, folder):
-    training, held_out = (set(corpus.texts(held_out=share)) for share in (False, True))
-    everything = {path.read_text() for path in folder.iterdir()}
-    assert not training & held_out, "documents are both trained on and held out"
-    assert training | held_out == everything, "documents are in neither share"
-    assert len(held_out) == len(everything) // 5, (
-        f"{len(held_out)} of {len(everything)} documents are held out"
-    )
-
-
-def test_end_of_text_inside_a_document_is_text(tokenizer):
-    text = f"one {tokenizer.eos_token} two"
-    (tokens,) = tokenize([text], tokenizer)
-    assert tokenizer.eos_token_id not in tokens, "a document can forge the end of a document"
-    assert tokenizer.decode(tokens) == text
-
-
-def test_unreadable_files_are_left_out(tmp_path):
-    for name, content in {"a": b"text", "b": b"\xff\xfe\xfa", "c": b"nul\0nul", "d": b"  \n"}.items():
-        (tmp_path / name).write_bytes(content)
-    assert [document["text"] for document in read_files(sorted(map(str, tmp_path.iterdir())))] == ["text"]
-
-
-def test_the_default_corpus_is_the_standard_library():
-    files = standard_library_files()
-    names = {path.name for path in files}
-    assert {"argparse.py", "dataclasses.py"} <= names, "modules of the standard library are missing"
-    assert files == sorted(files), "the order of the files depends on the file system"
-    assert not [path for path in files if "site-packages" in path.parts], (
-        "installed packages are in the corpus"
-    )
 
 
 @pytest.mark.parametrize("shape", ["gpt2-tiny", "llama-tiny"])
@@ -128,20 +42,6 @@ def test_shapes_build_without_dropout(shape, tokenizer):
     embeddings = model.get_input_embeddings().weight
     assert not any(parameter is embeddings for parameter in decayed), f"{shape}'s embeddings are decayed"
     assert all(parameter.ndim >= 2 for parameter in decayed), f"{shape}'s norms or biases are decayed"
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(folder, tmp_path_factory) -> Path:
-    """A finished run with exact attention: accumulation, several epochs, checkpoints."""
-    output = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    assert run(*interruptible(folder, output)) == 0
-    return output
-
-
-def interruptible(folder: Path, output: Path) -> list[str]:
-    schedule = "--steps 100 --gradient_accumulation_steps 2 --checkpoint_every 6 --eval_every 25"
-    where = ["--text", str(folder), "--output_dir", str(output), "--attention", "exact"]
-    return [*where, *TINY, *shlex.split(schedule)]
 
 
 def test_a_run_leaves_all_its_files_and_learns(uninterrupted):
@@ -176,86 +76,6 @@ def test_the_saved_model_has_the_held_out_loss_of_the_summary(uninterrupted, cor
     assert loss == pytest.approx(result["held_out_loss"], abs=1e-4)
 
 
-def test_resuming_after_kill_9_gives_the_same_losses(folder, uninterrupted, tmp_path):
-    output = tmp_path / "killed"
-    command = [sys.executable, str(EXAMPLES / "pretrain.py"), *interruptible(folder, output)]
-    process = subprocess.Popen(
-        command,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    while process.poll() is None and not list(output.glob("exact/checkpoint-?*")):
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    printed = process.communicate()[0]
-    assert process.returncode == -signal.SIGKILL, f"the run ended before it was killed:\n{printed}"
-    assert not (output / "exact/result.json").exists(), "the run was complete before it was killed"
-
-    assert run("--resume", "--output_dir", output) == 0
-    assert losses(output) == losses(uninterrupted), "the resumed run has other losses"
-    held_out = "exact/held_out.csv"
-    assert rows(output / held_out) == rows(uninterrupted / held_out), (
-        "the resumed run has other held-out losses"
-    )
-    weights = "exact/model/model.safetensors"
-    assert (output / weights).read_bytes() == (uninterrupted / weights).read_bytes(), "the weights differ"
-
-
-def test_streaming_resumes_with_the_same_losses(folder, tmp_path, monkeypatch, capsys):
-    def arguments(output):
-        where = ["--text", folder, "--output_dir", output, "--attention", "exact", *TINY]
-        return [*where, *shlex.split("--streaming --shuffle_buffer 8 --steps 24 --checkpoint_every 5")]
-
-    assert run(*arguments(tmp_path / "whole")) == 0
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(
-            pretrain, "held_out_loss", interrupt
-        )  # the last step is where the loss is first held out
-        assert run(*arguments(tmp_path / "broken")) == 130
-    assert f"go on with --resume --output_dir {tmp_path / 'broken'}." in capsys.readouterr().err
-    assert run("--resume", "--output_dir", tmp_path / "broken") == 0
-    assert losses(tmp_path / "broken") == losses(tmp_path / "whole"), "the resumed stream has other losses"
-
-
-def test_a_resumed_run_keeps_its_arguments(uninterrupted, capsys):
-    assert run("--resume", "--output_dir", uninterrupted, "--learning_rate", "0.5", "--steps", "7") == 2
-    message = capsys.readouterr().err
-    assert "learning_rate, steps would differ" in message, message
-    assert f"starts anew, for instance with --checkpoint '{uninterrupted / 'exact/model'}'" in message, (
-        message
-    )
-    assert run("--resume", "--output_dir", uninterrupted, "--learning_rate", "0.5") == 2
-    assert "anew" not in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "content", ['{"arguments": {"st', "[]", '{"model_type": "llama"}', '{"arguments": 1}']
-)
-def test_a_broken_config_is_not_resumed(content, tmp_path, capsys):
-    tmp_path.joinpath("config.json").write_text(content)
-    assert run("--resume", "--output_dir", tmp_path) == 2
-    assert "does not hold its arguments" in capsys.readouterr().err
-
-
-def test_a_moved_run_resumes_from_another_folder(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(folder.parent)
-    where = ["--text", folder.name, "--output_dir", tmp_path / "old", "--attention", "exact", *TINY]
-    assert run(*where, "--steps", 2) == 0
-    (tmp_path / "old").rename(tmp_path / "new")
-    monkeypatch.chdir(tmp_path)
-    capsys.readouterr()
-    assert run("--resume", "--output_dir", "new") == 0
-    printed = capsys.readouterr().out
-    for part in ("new/exact/model", "new/losses.png"):
-        assert f" {part}\n" in printed, f"{part!r} is not in the printed summary:\n{printed}"
-
-
 def test_names_of_the_hub_stay_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tmp_path.joinpath("mine").mkdir()
@@ -263,15 +83,6 @@ def test_names_of_the_hub_stay_names(tmp_path, monkeypatch):
     arguments = with_resolved_paths(Arguments(model, data, MuseArguments(), RunArguments()))
     assert (arguments.model.checkpoint, arguments.data.dataset_name) == ("gpt2", "some/name")
     assert arguments.data.tokenizer == str(tmp_path / "mine")
-
-
-def test_an_interrupt_before_the_run_says_that_nothing_was_begun(folder, tmp_path, monkeypatch, capsys):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(pretrain, "load_corpus", interrupt)
-    assert run("--text", folder, "--output_dir", tmp_path / "new", *TINY) == 130
-    assert "nothing to resume yet" in capsys.readouterr().err
 
 
 def test_an_impossible_folder_is_refused_before_anything_is_read(tmp_path, monkeypatch, capsys):
@@ -314,24 +125,6 @@ def test_the_summary_says_when_muse_was_slower(seconds, slower):
     results = {"exact": same | {"seconds_per_step": 1.0}, "muse": same | {"seconds_per_step": seconds}}
     printed = summary_text(summarize(results, "losses.png"), Path("run"), context_length=2048)
     assert ("at 2,048 tokens exact attention is faster" in printed) == slower, printed
-
-
-def test_a_finished_part_of_a_comparison_is_not_trained_again(folder, tmp_path, monkeypatch):
-    output = tmp_path / "compare"
-    where = ["--text", folder, "--output_dir", output, *TINY, *TINY_MUSE, "--steps", 6]
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(pretrain, "use_muse", interrupt)
-        assert run(*where) == 130
-    before = output.joinpath("exact/losses.csv").stat().st_mtime_ns
-    assert run("--resume", "--output_dir", output) == 0
-    assert output.joinpath("exact/losses.csv").stat().st_mtime_ns == before, (
-        "exact attention was trained again"
-    )
-    assert len(losses(output, "muse")) == 6
 
 
 def test_a_checkpoint_trains_on_with_muse_in_low_precision(uninterrupted, folder, tmp_path):

@@ -295,6 +295,10 @@ def train(job: Job, accelerator: Accelerator, attention: str) -> None:
     model, optimizer, scheduler, held_out = accelerator.prepare(model, optimizer, scheduler, held_out)
     progress = resume_or_start(accelerator, folder)
     recorder = Recorder(accelerator, folder, progress, run.steps, job.tokens_per_step)
+    monitor = training_monitor(job, accelerator) if attention == "muse" else None
+    if monitor and progress.step == 0:
+        recorder.write_measurement(monitor.measure(model))
+        recorder.restart_clock()
 
     model.train()
     batch_losses = []
@@ -320,13 +324,16 @@ def train(job: Job, accelerator: Accelerator, attention: str) -> None:
         last = progress.step == run.steps
         evaluate = last or progress.step % run.eval_every == 0
         checkpoint = progress.step % run.checkpoint_every == 0 and not last
-        if evaluate or checkpoint or progress.step % run.log_every == 0:
+        measure = monitor is not None and monitor.due(progress.step)
+        if evaluate or checkpoint or measure or progress.step % run.log_every == 0:
             recorder.write()
+        if measure:
+            recorder.write_measurement(monitor.measure(model))
         if evaluate:
             recorder.write_held_out(held_out_loss(accelerator, model, held_out))
         if checkpoint:
             save_checkpoint(accelerator, folder, progress, run.keep_checkpoints)
-        if evaluate or checkpoint:
+        if evaluate or checkpoint or measure:
             recorder.restart_clock()
         if last:
             break
@@ -334,6 +341,20 @@ def train(job: Job, accelerator: Accelerator, attention: str) -> None:
     save_result(job, accelerator, model, folder, progress, recorder.held_out_loss)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
+
+
+def training_monitor(job: Job, accelerator: Accelerator) -> Any:
+    """The `muse_hf.TrainingMonitor` of a run, or None where there is nothing to measure."""
+    from muse_hf import TrainingMonitor
+    from muse_hf.routing import shortest_length
+
+    config = job.muse_config
+    shortest = max(config.local_block + 1, shortest_length(config, accelerator.device))
+    if job.arguments.run.monitor_every == 0 or job.arguments.data.context_length < shortest:
+        return None
+    if not accelerator.is_main_process:
+        transformers.utils.logging.set_verbosity_error()  # one process warns for all
+    return TrainingMonitor(job.held_out[:1], job.arguments.run.monitor_every)
 
 
 def training_batches(job: Job, accelerator: Accelerator, progress: Progress) -> Iterator[torch.Tensor]:

@@ -10,8 +10,15 @@ from command_line import MuseOptions, UsageError, check_numbers, make_parser, op
 from records import read_json
 
 # Arguments that a resumed run may change, because the losses do not depend on them.
-FREE_ON_RESUME = {"output_dir", "resume", "log_every", "checkpoint_every", "keep_checkpoints"}
-MAY_BE_ZERO = {"warmup_steps", "weight_decay", "seed", "num_retrieved", "kmeans_iters"}
+FREE_ON_RESUME = {
+    "output_dir",
+    "resume",
+    "log_every",
+    "monitor_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+}
+MAY_BE_ZERO = {"warmup_steps", "weight_decay", "seed", "num_retrieved", "kmeans_iters", "monitor_every"}
 
 
 @dataclass(frozen=True)
@@ -178,6 +185,11 @@ class RunArguments:
     seed: int = option(0, "Seed of the weights, of the order of the windows, and of the generated text.")
     eval_every: int = option(20, "Steps between two measurements of the held-out loss.")
     log_every: int = option(5, "Steps between two updates of the progress bar and of losses.csv.")
+    monitor_every: int = option(
+        70,
+        "Steps between two measurements of how far each MuSe layer is from exact attention, on one held-out "
+        "window; 0 for none.",
+    )
     checkpoint_every: int = option(70, "Steps between two checkpoints.")
     keep_checkpoints: int = option(2, "Newest checkpoints of each attention that are kept.")
     prompt: str = option("def ", "Start of the text that is generated at the end.")

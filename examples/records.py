@@ -40,6 +40,7 @@ class Recorder:
 
     Attributes:
         held_out_loss: The latest held-out loss.
+        monitored: What the progress line says of the latest measurement of MuSe's error.
     """
 
     def __init__(
@@ -47,11 +48,12 @@ class Recorder:
     ):
         self.accelerator, self.progress, self.tokens_per_step = accelerator, progress, tokens_per_step
         self.losses_path, self.held_out_path = folder / "losses.csv", folder / "held_out.csv"
-        self.held_out_loss = math.nan
+        self.monitor_path = folder / "monitor.csv"
+        self.held_out_loss, self.monitored = math.nan, ""
         if accelerator.is_main_process:
             folder.mkdir(exist_ok=True)
-            drop_rows_after(self.losses_path, progress.step)
-            drop_rows_after(self.held_out_path, progress.step)
+            for path in (self.losses_path, self.held_out_path, self.monitor_path):
+                drop_rows_after(path, progress.step)
         accelerator.init_trackers(folder.name, init_kwargs={"tensorboard": {"purge_step": progress.step + 1}})
         self.bar = tqdm(total=steps, initial=progress.step, desc=f"{folder.name} attention", unit="step")
         self.pending: list[tuple[torch.Tensor, torch.Tensor, float]] = []
@@ -95,7 +97,7 @@ class Recorder:
             self.accelerator.log({f"train/{name}": row[name] for name in list(row)[2:]}, step=row["step"])
             self._check(row)
         self.bar.update(len(losses))
-        self.bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed:,.0f} tokens/s")
+        self.bar.set_postfix_str(f"loss {losses[-1]:.3f}, {speed:,.0f} tokens/s{self.monitored}")
         self.pending.clear()
         self.restart_clock()
 
@@ -118,6 +120,14 @@ class Recorder:
         if self.accelerator.is_main_process:
             append_rows(self.held_out_path, [row])
         self.accelerator.log({"held_out/loss": loss}, step=self.progress.step)
+
+    def write_measurement(self, measurement: Any) -> None:
+        """Write what a `muse_hf.TrainingMonitor` has found."""
+        self.monitored = f", {measurement}"
+        logs = measurement.to_logs()
+        if self.accelerator.is_main_process:
+            append_rows(self.monitor_path, [{"step": self.progress.step, **logs}])
+        self.accelerator.log(logs, step=self.progress.step)
 
     def close(self) -> None:
         """Close the progress bar and TensorBoard's file."""

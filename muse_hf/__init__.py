@@ -9,6 +9,7 @@ from muse_hf.config import MuseConfig
 from muse_hf.evaluation import Evaluation, evaluate_policy
 from muse_hf.functional import exact_attention, muse_attention
 from muse_hf.models import token_losses
+from muse_hf.monitor import MonitorCallback, TrainingMonitor
 from muse_hf.patches import patch_model, unpatch_model
 from muse_hf.profiling import Profile, profile_layers
 from muse_hf.routing import SUPPORTED_FAMILIES, UnsupportedError
@@ -19,10 +20,12 @@ register()
 __all__ = [
     "SUPPORTED_FAMILIES",
     "Evaluation",
+    "MonitorCallback",
     "MuseConfig",
     "Profile",
     "Recommendation",
     "Segments",
+    "TrainingMonitor",
     "UnsupportedError",
     "evaluate_policy",
     "exact_attention",

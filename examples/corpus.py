@@ -1,12 +1,14 @@
 """From text to training windows: files or a `datasets` name -> documents -> tokens -> packed windows."""
 
+import hashlib
+import importlib.util
 import itertools
-import random
+import json
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from accelerate.utils import tqdm
@@ -29,11 +31,13 @@ class Corpus:
         documents: Mappings with the text under `text_column`; can be iterated more than once.
         text_column: Name of the column that holds the text.
         held_out_every: Documents k - 1, 2k - 1, ... (counted from 0) are held out.
+        fingerprint: The same for the same documents only; None if that is not known.
     """
 
     documents: Iterable[dict]
     text_column: str = "text"
     held_out_every: int = 20
+    fingerprint: str | None = None
 
     def texts(self, held_out: bool) -> Iterator[str]:
         """The texts of either share, in the order of the documents."""
@@ -47,6 +51,17 @@ def standard_library_files() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
     installed = {"site-packages", "dist-packages"}
     return [path for path in sorted(root.rglob("*.py")) if not installed & set(path.relative_to(root).parts)]
+
+
+def package_folders(names: Sequence[str]) -> list[str]:
+    """The folders of installed packages, which are not imported."""
+    folders = []
+    for name in names:
+        spec = importlib.util.find_spec(name) if name.isidentifier() else None
+        if spec is None or not spec.submodule_search_locations:
+            raise UsageError(f"there is no installed package {name!r}.")
+        folders += spec.submodule_search_locations
+    return folders
 
 
 def text_files(paths: Sequence[str], pattern: str) -> list[Path]:
@@ -70,27 +85,36 @@ def text_files(paths: Sequence[str], pattern: str) -> list[Path]:
 
 
 def read_files(files: Sequence[str]) -> Iterator[dict[str, str]]:
-    """One document a file; files that are empty or not UTF-8 text are left out."""
+    """One document a file; files that are empty, not UTF-8 text, or not to be opened are left out."""
     for file in files:
         try:
             text = Path(file).read_text(encoding="utf-8")
-        except UnicodeDecodeError:
+        except (UnicodeDecodeError, PermissionError):
             continue
         if text.strip() and "\0" not in text:
             yield {"text": text}
 
 
+def distinct_files(files: Sequence[str]) -> dict[str, str]:
+    """The readable files by the hash of their text, of equal ones the first, in the order of the hashes."""
+    found: dict[str, str] = {}
+    for file in tqdm(files, desc="Reading files", unit="file", delay=2):
+        for document in read_files([file]):
+            found.setdefault(hashlib.sha256(document["text"].encode()).hexdigest(), file)
+    return dict(sorted(found.items()))
+
+
 def file_corpus(files: Sequence[Path], held_out_every: int) -> Corpus:
-    """The corpus of local files, in a shuffled order that is the same every time."""
+    """The corpus of local files: each text once, in an order without meaning that only the texts decide."""
     from datasets import IterableDataset
 
-    names = [str(file) for file in files]
-    random.Random(0).shuffle(names)
-    # A tuple, because `datasets` takes a list for shards that it may distribute.
-    documents = IterableDataset.from_generator(read_files, gen_kwargs={"files": tuple(names)})
-    if next(iter(documents), None) is None:
+    found = distinct_files([str(file) for file in files])
+    if not found:
         raise UsageError(f"no readable text was found in {len(files)} files.")
-    return Corpus(documents, held_out_every=held_out_every)
+    # A tuple, because `datasets` takes a list for shards that it may distribute.
+    documents = IterableDataset.from_generator(read_files, gen_kwargs={"files": tuple(found.values())})
+    fingerprint = hashlib.sha256("".join(found).encode()).hexdigest()
+    return Corpus(documents, held_out_every=held_out_every, fingerprint=fingerprint)
 
 
 def named_corpus(
@@ -112,7 +136,8 @@ def named_corpus(
             f"the dataset {name!r} has no text in a column {text_column!r}; its columns are {sorted(first)} "
             "(see --text_column)."
         )
-    return Corpus(documents.select_columns(text_column), text_column, held_out_every)
+    fingerprint = None if streaming else f"{documents._fingerprint} {text_column}"
+    return Corpus(documents.select_columns(text_column), text_column, held_out_every, fingerprint)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_characters: int) -> PreTrainedTokenizerFast:
@@ -179,11 +204,27 @@ def pack(documents: Iterable[Sequence[int]], end: int, length: int) -> Iterator[
 
 
 def packed_windows(
-    corpus: Corpus, held_out: bool, tokenizer: PreTrainedTokenizerBase, length: int
+    corpus: Corpus, held_out: bool, tokenizer: PreTrainedTokenizerBase, length: int, count: int | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The windows of one share of the corpus, as rows {"input_ids": int32 (length,)}."""
-    for window in pack(tokenize(corpus.texts(held_out), tokenizer), tokenizer.eos_token_id, length):
+    """The windows of one share of the corpus, at most `count`, as rows {"input_ids": int32 (length,)}.
+
+    Raises:
+        UsageError: The share has no full window.
+    """
+    windows = pack(tokenize(corpus.texts(held_out), tokenizer), tokenizer.eos_token_id, length)
+    if count is not None:
+        title = "Tokenising held-out text" if held_out else "Tokenising"
+        windows = tqdm(itertools.islice(windows, count), desc=title, total=count, unit="window", delay=2)
+    window = None
+    for window in windows:
         yield {"input_ids": window}
+    if window is None and held_out:
+        raise UsageError(
+            f"the held-out documents (one in {corpus.held_out_every}) are shorter than a window of {length} "
+            "tokens; give more documents or a smaller --held_out_every."
+        )
+    if window is None:
+        raise UsageError(f"the training documents are shorter than one window of {length} tokens.")
 
 
 def training_windows(
@@ -191,18 +232,16 @@ def training_windows(
 ) -> "Dataset | IterableDataset":
     """The windows of the training documents, as rows {"input_ids": (length,)}.
 
-    In memory, at most the first `count`, more than a run never uses. If `streaming`, all of them, tokenised
+    At most the first `count`, more than a run never uses, from disk. If `streaming`, all of them, tokenised
     while they are read.
     """
     from datasets import IterableDataset
 
     share = {"corpus": corpus, "held_out": False, "tokenizer": tokenizer, "length": length}
-    if streaming:
-        windows = IterableDataset.from_generator(packed_windows, gen_kwargs=share)
-    else:
-        windows = _in_memory(packed_windows(**share), count, "Tokenising")
-    if next(iter(windows), None) is None:
-        raise UsageError(f"the training documents are shorter than one window of {length} tokens.")
+    if not streaming:
+        return _tokenised_once(share | {"count": count})
+    windows = IterableDataset.from_generator(packed_windows, gen_kwargs=share)
+    next(iter(windows))  # has it fail now if there is none
     return windows.with_format("torch")
 
 
@@ -210,17 +249,30 @@ def held_out_windows(
     corpus: Corpus, tokenizer: PreTrainedTokenizerBase, length: int, count: int
 ) -> "Dataset":
     """The first `count` windows of the held-out documents, or all there are if they are fewer."""
-    windows = _in_memory(packed_windows(corpus, True, tokenizer, length), count, "Tokenising held-out text")
-    if not len(windows):
-        raise UsageError(
-            f"the held-out documents (one in {corpus.held_out_every}) are shorter than a window of {length} "
-            "tokens; give more documents or a smaller --held_out_every."
+    share = {"corpus": corpus, "held_out": True, "tokenizer": tokenizer, "length": length, "count": count}
+    return _tokenised_once(share)
+
+
+def _tokenised_once(share: dict[str, Any]) -> "Dataset":
+    """The `packed_windows` of a share, memory-mapped, from where `datasets` keeps them for later runs."""
+    from datasets import Dataset, Features, List, Value
+    from datasets.exceptions import DatasetGenerationError
+
+    corpus, tokenizer = share["corpus"], share["tokenizer"]
+    if corpus.fingerprint is None or not tokenizer.is_fast:  # what cannot be told apart is not cached
+        windows = [window["input_ids"] for window in packed_windows(**share)]
+        return Dataset.from_dict({"input_ids": windows}).with_format("torch")
+    # All that the windows depend on. `datasets` would hash the tokenizer with its state, which use changes.
+    numbers = (corpus.held_out_every, share["held_out"], share["length"], share["count"])
+    rules = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    parts = [corpus.fingerprint, json.dumps(rules), str(numbers), Path(__file__).read_text(encoding="utf-8")]
+    try:
+        windows = Dataset.from_generator(
+            packed_windows,
+            features=Features({"input_ids": List(Value("int32"), length=share["length"])}),
+            gen_kwargs=share,
+            fingerprint=hashlib.sha256("\0".join(parts).encode()).hexdigest(),
         )
+    except DatasetGenerationError as error:  # says nothing; its cause is a UsageError, or a full disk
+        raise error.__cause__ or error from None
     return windows.with_format("torch")
-
-
-def _in_memory(windows: Iterator[dict[str, np.ndarray]], count: int, description: str) -> "Dataset":
-    from datasets import Dataset
-
-    bar = tqdm(itertools.islice(windows, count), desc=description, total=count, unit="window", delay=2)
-    return Dataset.from_dict({"input_ids": [window["input_ids"] for window in bar]})

@@ -38,7 +38,13 @@ import datasets
 import torch
 import transformers
 from accelerate import Accelerator, skip_first_batches
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed, tqdm
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    set_seed,
+    tqdm,
+)
 from checkpoints import resume_or_start, save_checkpoint, writing
 from command_line import UsageError, next_free
 from corpus import (
@@ -46,8 +52,6 @@ from corpus import (
     file_corpus,
     held_out_windows,
     named_corpus,
-    standard_library_files,
-    text_files,
     train_tokenizer,
     training_windows,
 )
@@ -56,6 +60,7 @@ from models import build_model, check_model, model_config, muse_settings, parame
 from pretrain_arguments import Arguments, DataArguments, RunArguments, parse_arguments
 from records import DivergedError, Progress, Recorder, read_json, write_json
 from report import plot_losses, summarize, summary_text
+from texts import files_of
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import (
@@ -160,6 +165,8 @@ def new_folder(output_dir: str | None) -> Path:
 def make_accelerator(run: RunArguments, folder: Path) -> Accelerator:
     """The Accelerator that launches, accumulates, clips, logs and saves."""
     accelerator = Accelerator(
+        # The next batch is copied while the GPU computes.
+        dataloader_config=DataLoaderConfiguration(non_blocking=torch.cuda.is_available()),
         mixed_precision=run.mixed_precision,
         # A step is always the mean of the same number of windows, also across the end of an epoch.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -179,6 +186,7 @@ def prepare(arguments: Arguments, accelerator: Accelerator, folder: Path) -> Job
     """Read the data and check all that can be checked, and only then create the run's folder."""
     model, data, run = arguments.model, arguments.data, arguments.run
     corpus = load_corpus(data)
+    datasets.disable_progress_bars()  # tokenising has a bar of its own
     tokenizer = load_tokenizer(arguments, corpus, folder / "tokenizer")
     prompt = len(prompt_tokens(tokenizer, run.prompt))
     if not 0 < prompt < data.context_length:
@@ -203,6 +211,14 @@ def prepare(arguments: Arguments, accelerator: Accelerator, folder: Path) -> Job
     if not data.streaming and len(windows) < batch:
         raise UsageError(f"the training text fills {len(windows)} windows, fewer than one batch of {batch}.")
     held_out = held_out_windows(corpus, tokenizer, data.context_length, data.held_out_windows)
+    # Workers are forked, and a process with threads of the tokenizer forks with a warning.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not data.streaming:
+        tokens, held_out_tokens = (len(part) * data.context_length for part in (windows, held_out))
+        accelerator.print(
+            f"{tokens:,} tokens of training text, of which the run makes {needed / len(windows):.2f} passes; "
+            f"{held_out_tokens:,} tokens are held out."
+        )
     tokens_per_step = windows_per_step * data.context_length
     job = Job(arguments, folder, config, muse_config, tokenizer, windows, held_out, tokens_per_step)
     record_settings(job, accelerator)
@@ -212,8 +228,7 @@ def prepare(arguments: Arguments, accelerator: Accelerator, folder: Path) -> Job
 def load_corpus(data: DataArguments) -> Corpus:
     """The documents that the arguments name."""
     if data.dataset_name is None:
-        files = text_files(data.text, data.file_pattern) if data.text else standard_library_files()
-        return file_corpus(files, data.held_out_every)
+        return file_corpus(files_of(data), data.held_out_every)
     return named_corpus(
         data.dataset_name,
         data.dataset_config,
@@ -291,7 +306,7 @@ def train(job: Job, accelerator: Accelerator, attention: str) -> None:
         fused=accelerator.device.type == "cuda",  # one kernel for all weights
     )
     scheduler = get_cosine_schedule_with_warmup(optimizer, run.warmup_steps, run.steps)
-    held_out = DataLoader(job.held_out, batch_size=1)
+    held_out = DataLoader(job.held_out, batch_size=1, pin_memory=torch.cuda.is_available())
     model, optimizer, scheduler, held_out = accelerator.prepare(model, optimizer, scheduler, held_out)
     progress = resume_or_start(accelerator, folder)
     recorder = Recorder(accelerator, folder, progress, run.steps, job.tokens_per_step)
@@ -364,10 +379,12 @@ def training_batches(job: Job, accelerator: Accelerator, progress: Progress) -> 
     with another attention see the same batches.
     """
     run, data = job.arguments.run, job.arguments.data
-    buffer = {"buffer_size": data.shuffle_buffer} if data.streaming else {}
+    order = {"buffer_size": data.shuffle_buffer} if data.streaming else {"keep_in_memory": True}
+    workers = min(data.num_workers, 1) if data.streaming else data.num_workers  # a stream has one reader
+    options = {"batch_size": run.batch_size, "num_workers": workers, "pin_memory": torch.cuda.is_available()}
     while True:
-        windows = job.windows.shuffle(seed=run.seed + progress.epoch, **buffer)
-        loader = accelerator.prepare(DataLoader(windows, batch_size=run.batch_size, drop_last=True))
+        windows = job.windows.shuffle(seed=run.seed + progress.epoch, **order)
+        loader = accelerator.prepare(DataLoader(windows, drop_last=True, **options))
         for batch in skip_first_batches(loader, progress.batch):
             progress.batch += 1
             yield batch["input_ids"]

@@ -18,7 +18,15 @@ FREE_ON_RESUME = {
     "checkpoint_every",
     "keep_checkpoints",
 }
-MAY_BE_ZERO = {"warmup_steps", "weight_decay", "seed", "num_retrieved", "kmeans_iters", "monitor_every"}
+MAY_BE_ZERO = {
+    "warmup_steps",
+    "weight_decay",
+    "seed",
+    "num_retrieved",
+    "kmeans_iters",
+    "monitor_every",
+    "num_workers",
+}
 
 
 @dataclass(frozen=True)
@@ -74,9 +82,13 @@ class TextArguments:
         default=None,
         metadata={
             "help": "Text files, and folders that are searched for them. A file is a document; files that are"
-            " not UTF-8 text are left out. Without --text and --dataset_name: the source text of Python's"
+            " not UTF-8 text are left out. Without any text named: the source text of Python's"
             " standard library."
         },
+    )
+    packages: list[str] | None = field(
+        default=None,
+        metadata={"help": "Installed Python packages, such as torch, whose folders are searched as well."},
     )
     file_pattern: str = option("*", "Which files of the folders to read, such as '*.txt'.")
     dataset_name: str | None = option(
@@ -93,8 +105,9 @@ class DataArguments(TextArguments):
 
     streaming: bool = option(
         False,
-        "Tokenise while training and keep no corpus in memory or on disk. Resuming reads the consumed text "
-        "again.",
+        "Tokenise while training and keep nothing of it. Left out: tokenise first, into the cache of the "
+        "library datasets (HF_HOME), where later runs find the tokens. Resuming a stream reads the consumed "
+        "text again.",
     )
     shuffle_buffer: int = option(256, "Windows from which a batch is drawn at random when streaming.")
     context_length: int = option(
@@ -116,6 +129,7 @@ class DataArguments(TextArguments):
     )
     vocab_size: int = option(2048, "Tokens of the trained BPE. 8192 to 32768 suit larger models.")
     tokenizer_characters: int = option(4_000_000, "Characters of training text that the BPE is trained on.")
+    num_workers: int = option(0, "Processes that load batches ahead of the training process.")
 
 
 @dataclass
@@ -292,7 +306,7 @@ def check(arguments: Arguments) -> None:
     """Refuse numbers that make no sense and arguments that exclude each other."""
     values = arguments.values()
     check_numbers(values, MAY_BE_ZERO)
-    for one, other in (("text", "dataset_name"), ("compare", "attention")):
+    for one, other in (("text", "dataset_name"), ("packages", "dataset_name"), ("compare", "attention")):
         if values[one] and values[other]:
             raise UsageError(f"give --{one} or --{other}, not both.")
     if values["held_out_every"] < 2 or values["context_length"] < 2:

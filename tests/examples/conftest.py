@@ -1,14 +1,26 @@
 """Text for the examples to read, and a run that several tests look at."""
 
+import os
 import random
 from pathlib import Path
 
+import datasets
 import pytest
 
 from tests.examples.running import interruptible, run
 
 # isort: split
 from corpus import file_corpus, text_files, train_tokenizer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """Tokenised text goes into a folder of the tests', also that of processes they start."""
+    path = str(tmp_path_factory.mktemp("cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", path)
+        patch.setitem(os.environ, "HF_DATASETS_CACHE", path)
+        yield
 
 
 @pytest.fixture(scope="session")

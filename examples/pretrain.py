@@ -19,6 +19,11 @@ The paper's model and setting at 16k; arguments that are given replace those of 
 
     python examples/pretrain.py --preset gpt-30m-16k --text my_folder --output_dir runs/gpt-30m-16k
 
+The same beside exact attention and the default setting, on the source of installed packages:
+
+    python examples/pretrain.py --preset gpt-30m-16k --packages torch transformers --file_pattern "*.py" \\
+        --attention exact muse muse:setting=default:layers=all --output_dir runs/three
+
 Several processes: accelerate launch --num_processes 8 examples/pretrain.py ...
 After an interruption: python examples/pretrain.py --resume --output_dir runs/pg19
 """
@@ -26,9 +31,13 @@ After an interruption: python examples/pretrain.py --resume --output_dir runs/pg
 import hashlib
 import logging
 import os
+import platform
 import shlex
+import statistics
 import sys
 import tempfile
+import textwrap
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +54,8 @@ from accelerate.utils import (
     set_seed,
     tqdm,
 )
-from checkpoints import resume_or_start, save_checkpoint, writing
+from attentions import Attention, attentions
+from checkpoints import resume_or_start, save_checkpoint
 from command_line import UsageError, next_free
 from corpus import (
     Corpus,
@@ -56,22 +66,29 @@ from corpus import (
     training_windows,
 )
 from losses import check_chunked_loss, use_chunked_loss
-from models import build_model, check_model, model_config, muse_settings, parameter_groups, use_muse
+from models import build_model, check_model, model_config, parameter_groups, use_muse
+from plugin import muse_hf  # noqa: F401
 from pretrain_arguments import Arguments, DataArguments, RunArguments, parse_arguments
-from records import DivergedError, Progress, Recorder, read_json, write_json
-from report import plot_losses, summarize, summary_text
+from pretrain_report import compare, comparison_text, plot_losses
+from records import DivergedError, PausedError, Progress, Recorder, read_json, write_json
+from results import prompt_tokens, save_result
 from texts import files_of
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedTokenizerBase,
     get_cosine_schedule_with_warmup,
 )
 
+from muse_hf import TrainingMonitor
+from muse_hf.environment import environment
+from muse_hf.models import temporary_policy, transformers_model
+from muse_hf.routing import shortest_length
+
 DEFAULT_FOLDER = Path("runs/pretrain")
+VERSIONS = ("python", "cuda", "muse_hf", "torch", "triton", "transformers", "accelerate", "datasets")
 
 
 @dataclass
@@ -81,23 +98,27 @@ class Job:
     arguments: Arguments
     folder: Path
     config: PretrainedConfig
-    muse_config: Any
+    attentions: list[Attention]
     tokenizer: PreTrainedTokenizerBase
     windows: datasets.Dataset | datasets.IterableDataset
     held_out: datasets.Dataset
     tokens_per_step: int
+    started: float
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the script; returns its exit code."""
-    folder = None
+    started, folder = time.monotonic(), None
     try:
         arguments = parse_arguments(argv, description=__doc__)
         folder = run_folder(arguments.run)
-        pretrain(arguments, folder)
+        pretrain(arguments, folder, shlex.join(sys.argv[1:] if argv is None else argv), started)
     except (UsageError, DivergedError) as error:
         print(f"\npretrain.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except PausedError as pause:
+        print(f"\npretrain.py: {pause}; {way_on(folder)}.", file=sys.stderr)
+        return 3
     except OSError as error:
         print(f"\npretrain.py: error: {error}; {way_on(folder)}.", file=sys.stderr)
         return 1
@@ -114,25 +135,35 @@ def way_on(folder: Path | None) -> str:
     return "there is nothing to resume yet"
 
 
-def pretrain(arguments: Arguments, folder: Path) -> None:
-    """Train with each attention that is asked for, then report."""
+def pretrain(arguments: Arguments, folder: Path, command: str, started: float) -> None:
+    """Train with each attention that is asked for, then report.
+
+    Args:
+        command: The options as they were given, for the record.
+        started: When, by the monotonic clock, in seconds.
+    """
     run = arguments.run
     transformers.utils.logging.disable_progress_bar()
     # Weights that are saved once because they are tied are no news at every checkpoint.
     logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)
     accelerator = make_accelerator(run, folder)
-    job = prepare(arguments, accelerator, folder)
+    job = prepare(arguments, accelerator, folder, command, started)
     results = {}
-    for attention in run.attentions:
-        result = folder / attention / "result.json"
+    for attention in job.attentions:
+        result = folder / attention.folder / "result.json"
         if not result.exists():
             train(job, accelerator, attention)
-        results[attention] = read_json(result)
+        results[attention.title] = read_json(result)
     if accelerator.is_main_process:
-        plot_losses(folder, run.attentions, folder / "losses.png")
-        summary = summarize(results, "losses.png")
+        summary = compare(results, "losses.png")
         write_json(folder / "summary.json", summary)
-        print("\n" + summary_text(summary, folder, arguments.data.context_length))
+        plot_losses(results, folder / "losses.png")
+        print("\n" + comparison_text(summary, folder))
+        for title, result in results.items():
+            print(f"{title} model: {folder / result['model']}")
+        for title, result in results.items():
+            print(f"\nText generated by the {title} model:")
+            print(textwrap.indent(result["sample"], "    "))
     accelerator.end_training()
 
 
@@ -182,7 +213,9 @@ def make_accelerator(run: RunArguments, folder: Path) -> Accelerator:
     return accelerator
 
 
-def prepare(arguments: Arguments, accelerator: Accelerator, folder: Path) -> Job:
+def prepare(
+    arguments: Arguments, accelerator: Accelerator, folder: Path, command: str, started: float
+) -> Job:
     """Read the data and check all that can be checked, and only then create the run's folder."""
     model, data, run = arguments.model, arguments.data, arguments.run
     corpus = load_corpus(data)
@@ -195,15 +228,16 @@ def prepare(arguments: Arguments, accelerator: Accelerator, folder: Path) -> Job
             f"({data.context_length})."
         )
     config = model_config(model, tokenizer, data.context_length)
-    muse_config = muse_settings(arguments.muse) if "muse" in run.attentions else None
-    check_model(config, arguments.muse.layers, muse_config)
+    trained = attentions(run.attentions, arguments.muse)
+    for attention in trained:
+        check_model(config, attention.layers, attention.config)
+        if attention.config and data.context_length <= attention.config.local_block:
+            accelerator.print(
+                f"Note: a window of {data.context_length} tokens is not longer than local_block "
+                f"({attention.config.local_block}), so that {attention.title} attends exactly."
+            )
     if run.loss_chunk is not None:
         check_chunked_loss(config)
-    if muse_config and data.context_length <= muse_config.local_block:
-        accelerator.print(
-            f"Note: a window of {data.context_length} tokens is not longer than local_block "
-            f"({muse_config.local_block}), so that MuSe attends exactly."
-        )
     batch = run.batch_size * accelerator.num_processes
     windows_per_step = batch * run.gradient_accumulation_steps
     needed = run.steps * windows_per_step
@@ -220,8 +254,8 @@ def prepare(arguments: Arguments, accelerator: Accelerator, folder: Path) -> Job
             f"{held_out_tokens:,} tokens are held out."
         )
     tokens_per_step = windows_per_step * data.context_length
-    job = Job(arguments, folder, config, muse_config, tokenizer, windows, held_out, tokens_per_step)
-    record_settings(job, accelerator)
+    job = Job(arguments, folder, config, trained, tokenizer, windows, held_out, tokens_per_step, started)
+    record_settings(job, accelerator, command, corpus.fingerprint)
     return job
 
 
@@ -256,15 +290,21 @@ def load_tokenizer(arguments: Arguments, corpus: Corpus, saved: Path) -> PreTrai
     return tokenizer
 
 
-def record_settings(job: Job, accelerator: Accelerator) -> None:
+def record_settings(job: Job, accelerator: Accelerator, command: str, text: str | None) -> None:
     """Create the folder and save what the run is, or check that a resumed run still is what it was."""
+    processes, system = accelerator.num_processes, environment()
+    launcher = "python" if processes == 1 else f"accelerate launch --num_processes {processes}"
     settings = {
+        "command": f"{launcher} examples/pretrain.py {command}",
+        "hardware": system["gpus"] or f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "versions": {name: system[name] for name in VERSIONS},
+        "distributed": accelerator.distributed_type.value,
+        "text": text,
         "arguments": job.arguments.values(),
-        "processes": accelerator.num_processes,
+        "processes": processes,
         "mixed_precision": accelerator.mixed_precision,
         "held_out_windows": len(job.held_out),
         "held_out_sha256": hashlib.sha256(job.held_out[:]["input_ids"].numpy().tobytes()).hexdigest(),
-        "versions": {module.__name__: module.__version__ for module in (torch, transformers, datasets)},
     }
     path = job.folder / "config.json"
     if path.exists():
@@ -273,6 +313,7 @@ def record_settings(job: Job, accelerator: Accelerator) -> None:
             ("processes", "the number of processes"),
             ("mixed_precision", "the mixed precision"),
             ("held_out_sha256", "the text"),
+            ("text", "the text"),
         ):
             if settings[name] != saved.get(name):
                 raise UsageError(f"the run in {str(job.folder)!r} cannot be resumed: {meaning} has changed.")
@@ -285,14 +326,14 @@ def record_settings(job: Job, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
 
 
-def train(job: Job, accelerator: Accelerator, attention: str) -> None:
+def train(job: Job, accelerator: Accelerator, attention: Attention) -> None:
     """Train one model and write its losses, checkpoints, final weights and result.json."""
     run = job.arguments.run
-    folder = job.folder / attention
+    folder = job.folder / attention.folder
     set_seed(run.seed)
     model = build_model(job.arguments.model.checkpoint, job.config)
-    if attention == "muse":
-        use_muse(model, job.arguments.muse.layers, job.muse_config)
+    if attention.config:
+        use_muse(model, attention.layers, attention.config)
     if run.loss_chunk is not None:
         use_chunked_loss(model, run.loss_chunk)
     if run.gradient_checkpointing:
@@ -310,7 +351,7 @@ def train(job: Job, accelerator: Accelerator, attention: str) -> None:
     model, optimizer, scheduler, held_out = accelerator.prepare(model, optimizer, scheduler, held_out)
     progress = resume_or_start(accelerator, folder)
     recorder = Recorder(accelerator, folder, progress, run.steps, job.tokens_per_step)
-    monitor = training_monitor(job, accelerator) if attention == "muse" else None
+    monitor = training_monitor(job, accelerator, attention.config)
     if monitor and progress.step == 0:
         recorder.write_measurement(monitor.measure(model))
         recorder.restart_clock()
@@ -338,34 +379,50 @@ def train(job: Job, accelerator: Accelerator, attention: str) -> None:
 
         last = progress.step == run.steps
         evaluate = last or progress.step % run.eval_every == 0
-        checkpoint = progress.step % run.checkpoint_every == 0 and not last
+        write = evaluate or progress.step % run.log_every == 0
+        pause = write and not last and out_of_time(job, accelerator)
+        checkpoint = pause or (progress.step % run.checkpoint_every == 0 and not last)
         measure = monitor is not None and monitor.due(progress.step)
-        if evaluate or checkpoint or measure or progress.step % run.log_every == 0:
+        if write or checkpoint or measure:
             recorder.write()
         if measure:
             recorder.write_measurement(monitor.measure(model))
         if evaluate:
-            recorder.write_held_out(held_out_loss(accelerator, model, held_out))
+            losses = held_out_losses(accelerator, model, held_out)
+            recorder.write_held_out(statistics.fmean(losses))
         if checkpoint:
             save_checkpoint(accelerator, folder, progress, run.keep_checkpoints)
         if evaluate or checkpoint or measure:
             recorder.restart_clock()
         if last:
             break
+        if pause:
+            recorder.close()
+            raise PausedError(f"{attention.title} is paused after step {progress.step} of {run.steps}")
     recorder.close()
-    save_result(job, accelerator, model, folder, progress, recorder.held_out_loss)
+    measured = {"held_out_losses": losses}
+    if attention.config:
+        with temporary_policy(transformers_model(model)):  # exact in every layer
+            measured["exact_attention_losses"] = held_out_losses(accelerator, model, held_out)
+    save_result(accelerator, model, attention, folder, progress, job.tokenizer, measured)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
 
 
-def training_monitor(job: Job, accelerator: Accelerator) -> Any:
-    """The `muse_hf.TrainingMonitor` of a run, or None where there is nothing to measure."""
-    from muse_hf import TrainingMonitor
-    from muse_hf.routing import shortest_length
+def out_of_time(job: Job, accelerator: Accelerator) -> bool:
+    """Whether the run is to pause, which all processes find out together."""
+    if job.arguments.run.max_minutes is None:
+        return False
+    minutes = torch.tensor((time.monotonic() - job.started) / 60, device=accelerator.device)
+    return accelerator.reduce(minutes, "mean").item() > job.arguments.run.max_minutes
 
-    config = job.muse_config
+
+def training_monitor(job: Job, accelerator: Accelerator, config: Any) -> TrainingMonitor | None:
+    """The monitor of a training, or None where there is nothing to measure."""
+    if config is None or job.arguments.run.monitor_every == 0:
+        return None
     shortest = max(config.local_block + 1, shortest_length(config, accelerator.device))
-    if job.arguments.run.monitor_every == 0 or job.arguments.data.context_length < shortest:
+    if job.arguments.data.context_length < shortest:
         return None
     if not accelerator.is_main_process:
         transformers.utils.logging.set_verbosity_error()  # one process warns for all
@@ -394,68 +451,15 @@ def training_batches(job: Job, accelerator: Accelerator, progress: Progress) -> 
 
 
 @torch.no_grad()
-def held_out_loss(accelerator: Accelerator, model: torch.nn.Module, loader: DataLoader) -> float:
-    """Mean loss in nats per token over the held-out windows, one of which is a batch."""
+def held_out_losses(accelerator: Accelerator, model: torch.nn.Module, loader: DataLoader) -> list[float]:
+    """Mean loss of each held-out window, one of which is a batch, in nats per token."""
     model.eval()
     losses = []
     for batch in tqdm(loader, desc="held-out loss", leave=False, unit="window", delay=2):
         loss = model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss
         losses.append(accelerator.gather_for_metrics(loss.reshape(1)))
     model.train()
-    return torch.cat(losses).mean().item()
-
-
-def save_result(
-    job: Job,
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    folder: Path,
-    progress: Progress,
-    held_out_loss: float,
-) -> None:
-    """Save the model with its tokenizer and, last, what was measured: the mark of a finished training."""
-    weights = accelerator.get_state_dict(model)  # all processes together, each of which may hold a part
-    if not accelerator.is_main_process:
-        return
-    with writing("the model"):
-        accelerator.unwrap_model(model).save_pretrained(folder / "model", state_dict=weights)
-        job.tokenizer.save_pretrained(folder / "model")
-    tokens = progress.step * job.tokens_per_step
-    result = {
-        "held_out_loss": held_out_loss,
-        "held_out_tokens": len(job.held_out) * job.arguments.data.context_length,
-        "steps": progress.step,
-        "tokens": tokens,
-        "seconds": progress.seconds,
-        "seconds_per_step": progress.seconds / progress.step,
-        "tokens_per_second": tokens / progress.seconds,
-        "model": f"{folder.name}/model",  # in the folder of the run, which may move
-        "sample": sample_text(job, folder / "model", accelerator.device),
-    }
-    write_json(folder / "result.json", result)
-
-
-@torch.no_grad()
-def sample_text(job: Job, saved: Path, device: torch.device) -> str:
-    """Text that the saved model continues from the prompt within one window, drawn with the run's seed."""
-    run = job.arguments.run
-    set_seed(run.seed)
-    model = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.float32).to(device)
-    prompt = torch.tensor([prompt_tokens(job.tokenizer, run.prompt)], device=model.device)
-    tokens = model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=min(run.sample_tokens, job.arguments.data.context_length - prompt.shape[1]),
-        do_sample=True,
-        temperature=0.8,
-        pad_token_id=job.tokenizer.eos_token_id,
-    )
-    return job.tokenizer.decode(tokens[0], skip_special_tokens=True)
-
-
-def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """The tokens of the prompt, without special ones."""
-    return tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    return torch.cat(losses).tolist()
 
 
 if __name__ == "__main__":

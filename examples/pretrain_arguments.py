@@ -17,6 +17,7 @@ FREE_ON_RESUME = {
     "monitor_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "max_minutes",
 }
 MAY_BE_ZERO = {
     "warmup_steps",
@@ -155,10 +156,17 @@ class RunArguments:
     )
     compare: bool = option(
         False,
-        "Train with exact and then with MuSe attention, from the same start on the same batches, and draw "
-        "both losses in one plot. Implied if --attention is left out.",
+        "Train with exact attention first, from the same start on the same batches, and compare. Implied if "
+        "--attention is left out.",
     )
-    attention: Literal["exact", "muse"] | None = option(None, "Train with this attention only.")
+    attention: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Attentions to train with, one after the other: exact; muse, in the setting of the "
+            "options of MuSe; or muse with some of these options changed, such as "
+            "muse:setting=paper:layers=central. Left out: exact and muse."
+        },
+    )
     output_dir: str | None = option(
         None,
         "New folder for everything the run writes; an existing one is refused. Left out: runs/pretrain, or "
@@ -205,6 +213,11 @@ class RunArguments:
         "window; 0 for none.",
     )
     checkpoint_every: int = option(70, "Steps between two checkpoints.")
+    max_minutes: float | None = option(
+        None,
+        "Write a checkpoint and end with exit code 3 after about so many minutes; --resume goes on. "
+        "Left out: no limit.",
+    )
     keep_checkpoints: int = option(2, "Newest checkpoints of each attention that are kept.")
     prompt: str = option("def ", "Start of the text that is generated at the end.")
     sample_tokens: int = option(
@@ -213,7 +226,8 @@ class RunArguments:
 
     @property
     def attentions(self) -> list[str]:
-        return ["exact", "muse"] if self.attention is None else [self.attention]
+        titles = self.attention or ["exact", "muse"]
+        return ["exact", *titles] if self.compare and "exact" not in titles else titles
 
 
 @dataclass
@@ -306,7 +320,7 @@ def check(arguments: Arguments) -> None:
     """Refuse numbers that make no sense and arguments that exclude each other."""
     values = arguments.values()
     check_numbers(values, MAY_BE_ZERO)
-    for one, other in (("text", "dataset_name"), ("packages", "dataset_name"), ("compare", "attention")):
+    for one, other in (("text", "dataset_name"), ("packages", "dataset_name")):
         if values[one] and values[other]:
             raise UsageError(f"give --{one} or --{other}, not both.")
     if values["held_out_every"] < 2 or values["context_length"] < 2:

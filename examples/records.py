@@ -18,6 +18,10 @@ class DivergedError(Exception):
     """The loss is no longer a number; the message says what to try."""
 
 
+class PausedError(Exception):
+    """The time of the run is up, which is as it should be; the message says where it stands."""
+
+
 @dataclass
 class Progress:
     """Where a training stands.
@@ -39,7 +43,6 @@ class Recorder:
     """Keeps the losses on the device until they are due, then writes them wherever they are shown.
 
     Attributes:
-        held_out_loss: The latest held-out loss.
         monitored: What the progress line says of the latest measurement of MuSe's error.
     """
 
@@ -49,7 +52,7 @@ class Recorder:
         self.accelerator, self.progress, self.tokens_per_step = accelerator, progress, tokens_per_step
         self.losses_path, self.held_out_path = folder / "losses.csv", folder / "held_out.csv"
         self.monitor_path = folder / "monitor.csv"
-        self.held_out_loss, self.monitored = math.nan, ""
+        self.monitored = ""
         if accelerator.is_main_process:
             folder.mkdir(exist_ok=True)
             for path in (self.losses_path, self.held_out_path, self.monitor_path):
@@ -115,7 +118,6 @@ class Recorder:
 
     def write_held_out(self, loss: float) -> None:
         """Write a held-out loss."""
-        self.held_out_loss = loss
         row = {"step": self.progress.step, "tokens": self.progress.step * self.tokens_per_step, "loss": loss}
         if self.accelerator.is_main_process:
             append_rows(self.held_out_path, [row])

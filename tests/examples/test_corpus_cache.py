@@ -121,7 +121,7 @@ def test_a_stream_read_by_a_worker_resumes_with_the_same_losses(folder, tmp_path
     where = ["--text", folder, "--attention", "exact", *TINY, *how]
     assert run(*where, "--output_dir", tmp_path / "whole") == 0
     with monkeypatch.context() as patched:
-        patched.setattr(pretrain, "held_out_loss", interrupt)  # in the last step
+        patched.setattr(pretrain, "held_out_losses", interrupt)  # in the last step
         assert run(*where, "--output_dir", tmp_path / "broken") == 130
     assert run("--resume", "--output_dir", tmp_path / "broken") == 0
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")

@@ -51,7 +51,7 @@ def test_streaming_resumes_with_the_same_losses(folder, tmp_path, monkeypatch, c
 
     with monkeypatch.context() as patched:
         patched.setattr(
-            pretrain, "held_out_loss", interrupt
+            pretrain, "held_out_losses", interrupt
         )  # the last step is where the loss is first held out
         assert run(*arguments(tmp_path / "broken")) == 130
     assert f"go on with --resume --output_dir {tmp_path / 'broken'}." in capsys.readouterr().err

@@ -21,7 +21,7 @@ def main() -> None:
     torch.set_num_threads(1)
     folder, arguments = Path(sys.argv[1]), sys.argv[2:]
     assert run("--output_dir", folder / "whole", *arguments) == 0
-    with mock.patch.object(pretrain, "held_out_loss", side_effect=KeyboardInterrupt):  # in the last step
+    with mock.patch.object(pretrain, "held_out_losses", side_effect=KeyboardInterrupt):  # in the last step
         assert run("--output_dir", folder / "broken", *arguments) == 130
     assert run("--output_dir", folder / "broken", "--resume") == 0
 

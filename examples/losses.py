@@ -37,7 +37,13 @@ def linear_cross_entropy(
 
 
 def _summed(hidden: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return functional.cross_entropy(functional.linear(hidden, weight).float(), targets, reduction="sum")
+    kind = hidden.device.type
+    # Autocast keeps one copy of the weight in low precision, in which the gradients of all chunks would be
+    # added up. A copy for each chunk has them added up in the weight's own precision.
+    autocast = {"dtype": torch.get_autocast_dtype(kind), "enabled": torch.is_autocast_enabled(kind)}
+    with torch.autocast(kind, cache_enabled=False, **autocast):
+        logits = functional.linear(hidden, weight)
+    return functional.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def check_chunked_loss(config: PretrainedConfig) -> None:

@@ -28,6 +28,23 @@ def test_chunks_have_the_loss_and_the_gradients_of_all_logits(chunk):
         torch.testing.assert_close(got, wanted, msg=lambda text, name=name: f"gradient of {name}: {text}")
 
 
+def test_chunks_lose_no_precision_under_autocast():
+    """The weight's gradient is a sum over chunks, which is not to be rounded to bfloat16 after each."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(512, 32, generator=generator), torch.randn(64, 32, generator=generator) / 6
+    targets = torch.randint(64, (512,), generator=generator)
+
+    def gradient(chunk, enabled):
+        leaf = weight.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = linear_cross_entropy(hidden, leaf, targets, chunk)
+        return torch.autograd.grad(loss, leaf)[0]
+
+    exact = gradient(512, enabled=False)
+    whole, chunked = ((gradient(chunk, enabled=True) - exact).norm() for chunk in (512, 4))
+    assert chunked < 1.1 * whole, f"128 chunks have {chunked / whole:.1f} times the error of one"
+
+
 @pytest.mark.parametrize("family", PLAIN_HEADS)
 def test_a_model_has_the_loss_and_the_gradients_that_it_had(family):
     small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}

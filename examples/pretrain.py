@@ -50,6 +50,7 @@ from accelerate import Accelerator, skip_first_batches
 from accelerate.utils import (
     DataLoaderConfiguration,
     GradientAccumulationPlugin,
+    ParallelismConfig,
     ProjectConfiguration,
     set_seed,
     tqdm,
@@ -207,10 +208,17 @@ def make_accelerator(run: RunArguments, folder: Path) -> Accelerator:
         log_with="tensorboard",
         project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "tensorboard")),
     )
+    check_parallelism(accelerator.parallelism_config)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         # Accelerate would train in float32 without a word.
         raise UsageError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no.")
     return accelerator
+
+
+def check_parallelism(config: ParallelismConfig | None) -> None:
+    """Refuse to share a window among processes: MuSe would take the part of each for the whole."""
+    if config is not None and (config.cp_size > 1 or getattr(config, "sp_size", 1) > 1):
+        raise UsageError("a window cannot be shared by several processes (see docs/pretraining.md).")
 
 
 def prepare(

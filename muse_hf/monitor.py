@@ -199,9 +199,13 @@ def _longest_sequence(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def _forward(model: PreTrainedModel, input_ids: torch.Tensor) -> None:
-    """One pass through the model itself, whose forward may have been wrapped for autocast or sharding."""
+    """One pass through the model itself, whose forward may have been wrapped for autocast or sharding.
+
+    Nothing is compiled: every measurement would be a graph of its own.
+    """
     options = {"logits_to_keep": 1} if predicts_next_token(model) else {}
-    model(input_ids=input_ids, use_cache=False, **options)
+    with torch.compiler.set_stance("force_eager"):
+        model(input_ids=input_ids, use_cache=False, **options)
 
 
 def _measure_layer(

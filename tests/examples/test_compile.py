@@ -22,3 +22,22 @@ def test_a_compiled_model_has_the_same_losses(attention, folder, tmp_path, monke
     assert len(compiled) == 1
     plain, same = (losses(tmp_path / name, attention) for name in ("plain", "compiled"))
     assert [float(loss) for _, loss in same] == pytest.approx([float(loss) for _, loss in plain], rel=1e-4)
+
+
+def test_the_monitor_compiles_nothing(folder, tmp_path, monkeypatch):
+    """Each measurement would be a graph of its own, and soon one more than the compiler keeps."""
+    compile_module, graphs = torch.nn.Module.compile, []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend=count))
+    where = ["--text", folder, "--attention", "muse", *TINY, *TINY_MUSE, "--steps", 4, "--compile"]
+    compiled = {}
+    for every in (0, 1):
+        torch.compiler.reset()
+        graphs.clear()
+        assert run(*where, "--output_dir", tmp_path / str(every), "--monitor_every", every) == 0
+        compiled[every] = len(graphs)
+    assert compiled[1] == compiled[0] > 0

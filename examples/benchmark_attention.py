@@ -150,7 +150,7 @@ def times_columns(name: str, muse: PassTimes, peers: Peers) -> dict[str, Any]:
         "speedup": exact.median / muse[name].median,
         "exact_graph_ms": peers.fastest_graph(name),
         "muse_graph_ms": muse[name].graph,
-        "graph_speedup": muse[name].graph and peers.fastest_graph(name) / muse[name].graph,
+        "graph_speedup": muse[name].graph and min(exact.median, peers.fastest_graph(name)) / muse[name].graph,
         **{f"{backend}_ms": times[name].median for backend, times in peers.exact.items()},
         **{f"window_{window}_ms": times[name].median for window, times in peers.windows.items()},
     }

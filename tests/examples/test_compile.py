@@ -33,7 +33,8 @@ def test_the_monitor_compiles_nothing(folder, tmp_path, monkeypatch):
         return graph.forward
 
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend=count))
-    where = ["--text", folder, "--attention", "muse", *TINY, *TINY_MUSE, "--steps", 4, "--compile"]
+    where = ["--text", folder, "--attention", "muse", *TINY, *TINY_MUSE, "--compile"]
+    where += ["--num_layers", 1, "--steps", 3]
     compiled = {}
     for every in (0, 1):
         torch.compiler.reset()

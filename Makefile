@@ -10,7 +10,7 @@ pretrain: $(READY)  ## Train a small GPT with exact and with MuSe attention on P
 	$(BIN)/python examples/pretrain.py --compare
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

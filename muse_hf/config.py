@@ -236,7 +236,8 @@ class MuseConfig:
             raise TypeError(
                 f"MuseConfig.layers[{index}]={overrides!r}: must map fields other than 'layers' to values"
             )
-        own = {field: value for field, value in dataclasses.asdict(self).items() if field != "layers"}
+        names = (field.name for field in dataclasses.fields(self))
+        own = {name: getattr(self, name) for name in names if name != "layers"}
         for counted, other in (("num_clusters", "cluster_size"), ("cluster_size", "num_clusters")):
             if overrides.get(counted) is not None and other not in overrides:
                 own[other] = None

@@ -85,7 +85,28 @@ def layer_config(module: torch.nn.Module) -> MuseConfig | None:
         raise UnsupportedError(
             f"{type(module).__name__} has no layer_idx, so its MuSe setting cannot be looked up"
         )
-    return model_policy(model_config).for_layer(layer_idx, model_config.num_hidden_layers)
+    return _layer_configs(model_config).get(layer_idx)
+
+
+# The policy that was asked for last, as text with the number of layers, and what it says of each MuSe layer.
+_latest: dict[tuple[str, int], dict[int, MuseConfig]] = {}
+
+
+def _layer_configs(model_config: Any) -> dict[int, MuseConfig]:
+    """The config of each layer that uses MuSe.
+
+    Every layer asks at every forward pass, at each token that is generated too: the policy is validated once
+    for all of them, and again when it is another one, which assignment or a change in place may make it.
+    """
+    num_layers = model_config.num_hidden_layers
+    key = (repr(getattr(model_config, "muse", None)), num_layers)
+    configs = _latest.get(key)
+    if configs is None:
+        policy = model_policy(model_config)
+        configs = {layer: policy.for_layer(layer, num_layers) for layer in policy.layer_indices(num_layers)}
+        _latest.clear()
+        _latest[key] = configs
+    return configs
 
 
 def model_policy(model_config: Any) -> MuseConfig:

@@ -134,6 +134,21 @@ def test_the_policy_of_a_layer():
         layer_config(module)
 
 
+def test_a_policy_is_validated_once_for_all_layers_and_again_when_it_changes(monkeypatch):
+    """Each layer asks for its config at every token that is generated."""
+    validated, validate = [], MuseConfig.__post_init__
+    monkeypatch.setattr(MuseConfig, "__post_init__", lambda self: (validated.append(1), validate(self)))
+    module = Attention()
+    module.config.muse = MUSE.replace(layers={layer: {"num_retrieved": 5} for layer in range(LAYERS)})
+    assert layer_config(module) == MUSE.replace(num_retrieved=5)
+    count = len(validated)
+    for module.layer_idx in range(LAYERS):
+        assert layer_config(module).num_retrieved == 5
+    assert len(validated) == count, "the policy was read again for another layer"
+    module.config.muse["layers"][str(module.layer_idx)]["num_retrieved"] = 6
+    assert layer_config(module).num_retrieved == 6, "a change in place went unnoticed"
+
+
 @pytest.mark.parametrize("layer_idx", [None, "absent"])
 def test_a_module_that_does_not_know_its_layer_is_refused(layer_idx):
     module = Attention(layer_idx=None)

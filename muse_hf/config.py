@@ -104,7 +104,7 @@ class MuseConfig:
             "multipole": "dipole",
             "kmeans_iters": 1,
         }
-        return cls(**(setting | overrides))
+        return cls(**setting).replace(**overrides)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "MuseConfig":

@@ -69,6 +69,7 @@ def test_paper_setting():
     assert (paper.num_clusters, paper.num_retrieved, paper.local_block) == (64, 0, 8192)
     assert (paper.summaries, paper.hierarchy, paper.multipole) == ("tilted", "dyadic", "dipole")
     assert MuseConfig.paper(local_block=4096).local_block == 4096
+    assert MuseConfig.paper(cluster_size=64).num_clusters is None, "a size takes the place of the number"
 
 
 @pytest.mark.parametrize("layers", [None, [0, -1], {2: {"num_retrieved": 64}, -1: {"num_clusters": 16}}])

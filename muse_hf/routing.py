@@ -31,11 +31,16 @@ SUPPORTED_FAMILIES = ("bert", "gpt2", "llama", "mistral", "qwen2", "qwen3")
 # H200 with 16 heads of 64 (docs/performance.md).
 CROSSOVER = 16384
 
+# Layers are built with their windows, and where a config has layer_types, only these say which have one.
+_NO_WINDOWS = (
+    "load the model with sliding_window=None or, if its config has layer_types, with "
+    'layer_types=["full_attention", ...]'
+)
 _CHANGES_MEANING = {
     "softcap": "a cap on the logits",
     "s_aux": "attention sinks",
     "position_bias": "a position bias",
-    "sliding_window": "a sliding window (config.sliding_window = None turns it off)",
+    "sliding_window": f"a sliding window (to turn it off, {_NO_WINDOWS})",
 }
 
 
@@ -49,7 +54,7 @@ def check_family(model_config: Any) -> None:
         raise UnsupportedError(
             f'attention "muse" is not supported for model type {model_config.model_type!r}, which was not '
             f"verified to route its attention through Transformers' attention interface; supported are "
-            f'{", ".join(SUPPORTED_FAMILIES)}. Load this model with attn_implementation="sdpa".'
+            f'{", ".join(SUPPORTED_FAMILIES)}. Load this model without attn_implementation="muse".'
         )
 
 
@@ -59,7 +64,7 @@ def check_windows(model_config: Any, layers: list[int]) -> None:
         raise UnsupportedError(
             f"layers {windowed} of {model_config.model_type!r} have a sliding window of "
             f"{model_config.sliding_window} tokens, which MuSe does not implement: leave them out of "
-            "`layers`, or set config.sliding_window = None if they may attend to everything"
+            f"`layers`, or, if they may attend to everything, {_NO_WINDOWS}"
         )
 
 

@@ -162,7 +162,7 @@ CHANGES_MEANING = {
     "softcap": (30.0, "a cap on the logits"),
     "s_aux": (torch.zeros(HEADS), "attention sinks"),
     "position_bias": (torch.zeros(1, HEADS, LONG, LONG), "a position bias"),
-    "sliding_window": (20, "a sliding window .config.sliding_window = None turns it off."),
+    "sliding_window": (20, "a sliding window .to turn it off, load the model with .*"),
 }
 
 
@@ -233,13 +233,32 @@ def test_dropout_is_refused_where_muse_would_have_to_drop(family):
     assert output_of(model, tokens(LONG)).isfinite().all(), "no layer uses MuSe"
 
 
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3"])
+def test_the_advice_on_sliding_windows_helps(family, tmp_path):
+    with_windows = {"sliding_window": 20}
+    if family != "mistral":
+        with_windows |= {"use_sliding_window": True, "max_window_layers": 1}
+    model = tiny_model(family, **with_windows)
+    with pytest.raises(UnsupportedError) as refused:
+        patch_model(model, config=MUSE)
+    model.save_pretrained(tmp_path)
+    option, value = "sliding_window", None
+    if getattr(model.config, "layer_types", None):
+        option, value = "layer_types", ["full_attention"] * LAYERS
+    assert f"{option}=" in str(refused.value)
+    full = type(model).from_pretrained(tmp_path, **{option: value}).eval()
+    exact = output_of(full, tokens(LONG))
+    assert len(patch_model(full, config=MUSE).layers) == LAYERS
+    assert_different(output_of(full, tokens(LONG)), exact, "MuSe attention from exact attention")
+
+
 def test_the_supported_families_are_those_that_are_tested():
     assert sorted(SUPPORTED_FAMILIES) == sorted(FAMILIES)
 
 
 def refusal(family):
     supported = "bert, gpt2, llama, mistral, qwen2, qwen3"
-    advice = 'Load this model with attn_implementation="sdpa"'
+    advice = 'Load this model without attn_implementation="muse"'
     return f'"muse" is not supported for model type {family!r}.* supported are {supported}. {advice}'
 
 

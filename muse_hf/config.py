@@ -143,9 +143,12 @@ class MuseConfig:
             if self.num_clusters
             else f"clusters of {self.cluster_size or DEFAULT_CLUSTER_SIZE} keys"
         )
+        leaks = self.summaries == "tilted" and self.query_centroids == "own"
+        warning = ", own query centroids (in causal attention later tokens leak into earlier ones)"
         return (
             f"{self.hierarchy} blocks from {self.local_block} tokens, {clusters}, {self.summaries} "
             f"summaries, {self.multipole}, {self.num_retrieved} retrieved"
+            f"{warning if leaks else ''}"
         )
 
     def clusters_for(self, length: int) -> int:

@@ -72,6 +72,11 @@ def test_paper_setting():
     assert MuseConfig.paper(cluster_size=64).num_clusters is None, "a size takes the place of the number"
 
 
+def test_the_description_tells_of_a_setting_that_leaks():
+    assert "leak" not in MuseConfig.paper().describe()
+    assert "later tokens leak into earlier ones" in MuseConfig.paper(query_centroids="own").describe()
+
+
 @pytest.mark.parametrize("layers", [None, [0, -1], {2: {"num_retrieved": 64}, -1: {"num_clusters": 16}}])
 def test_round_trip_through_json(layers):
     config = MuseConfig(cluster_size=16, layers=layers)

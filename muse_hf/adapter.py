@@ -1,10 +1,11 @@
 """The Transformers adapter: the attention function and the mask function behind the name "muse"."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
@@ -26,6 +27,9 @@ from muse_hf.segments import Segments
 NAME = "muse"
 
 logger = logging.get_logger(__name__)
+
+# Segments by the tensor they were read from, as long as it lives, and its version then.
+_documents: MutableMapping[torch.Tensor, tuple[int, Segments]] = WeakTensorKeyDictionary()
 
 
 def register() -> None:
@@ -90,7 +94,7 @@ def muse_attention_forward(
     if config is not None and not is_cross_attention(module):
         check_options(module, kwargs)
     if attention_mask is None and kwargs.get("cu_seq_lens_q") is not None:
-        attention_mask = Segments.from_cu_seqlens(kwargs["cu_seq_lens_q"])
+        attention_mask = _segments_of_documents(kwargs["cu_seq_lens_q"])
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
 
     reason = reason_for_exact(module, query, key, attention_mask, config)
@@ -121,6 +125,17 @@ def muse_attention_forward(
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
     )
+
+
+def _segments_of_documents(cu_seqlens: torch.Tensor) -> Segments:
+    """`Segments.from_cu_seqlens`, which waits for the device, once for all layers."""
+    if cu_seqlens.is_inference():  # whether it has changed cannot be told
+        return Segments.from_cu_seqlens(cu_seqlens)
+    version, segments = _documents.get(cu_seqlens, (None, None))
+    if version != cu_seqlens._version:
+        segments = Segments.from_cu_seqlens(cu_seqlens)
+        _documents[cu_seqlens] = cu_seqlens._version, segments
+    return segments
 
 
 @torch.compiler.disable
@@ -177,7 +192,9 @@ def _segments_of(
     if mask_function in (causal_mask_function, bidirectional_mask_function):
         if attention_mask is None:
             return Segments((batch_size, length), range(batch_size), [0] * batch_size, [length] * batch_size)
-        if attention_mask.shape[1] < length:  # Transformers takes what is missing for padding
+        if (
+            attention_mask.ndim != 2 or attention_mask.shape[1] < length
+        ):  # Transformers takes what is missing for padding
             return None
         segments = Segments.from_padding_mask(attention_mask[:, :length])
         has_holes = len(set(segments.rows)) < len(segments.rows)

@@ -21,6 +21,8 @@ class Segments:
     def __init__(
         self, shape: tuple[int, int], rows: Sequence[int], starts: Sequence[int], lengths: Sequence[int]
     ):
+        if not (isinstance(shape, Sequence) and len(shape) == 2 and all(isinstance(n, int) for n in shape)):
+            raise TypeError(f"shape must be two numbers, rows and tokens, got {shape!r}")
         self.shape = tuple(shape)
         self.rows, self.starts, self.lengths = list(rows), list(starts), list(lengths)
         table = (self.rows, self.starts, self.lengths)
@@ -43,6 +45,7 @@ class Segments:
     @classmethod
     def from_ids(cls, ids: torch.Tensor) -> "Segments":
         """From integers (rows, tokens): neighbours of equal id are one segment, id 0 is padding."""
+        _check_is_tensor("segment ids", ids)
         if ids.ndim != 2 or ids.is_floating_point():
             raise ValueError(
                 f"segment ids must be integers of shape (rows, tokens), got {ids.dtype} {tuple(ids.shape)}"
@@ -59,11 +62,13 @@ class Segments:
     @classmethod
     def from_padding_mask(cls, mask: torch.Tensor) -> "Segments":
         """From a mask (rows, tokens), non-zero at tokens and zero at padding, as tokenizers make it."""
+        _check_is_tensor("a padding mask", mask)
         return cls.from_ids((mask != 0).to(torch.int64))
 
     @classmethod
     def from_position_ids(cls, position_ids: torch.Tensor) -> "Segments":
         """From positions (rows, tokens) that restart at each document of a packed row."""
+        _check_is_tensor("positions", position_ids)
         if position_ids.ndim != 2:
             raise ValueError(f"positions must have shape (rows, tokens), got {tuple(position_ids.shape)}")
         restart = torch.diff(position_ids, dim=1, prepend=position_ids[:, :1]) != 1
@@ -72,6 +77,7 @@ class Segments:
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: torch.Tensor) -> "Segments":
         """From the cumulative lengths [0, n1, n1 + n2, ...] of the documents packed in one row."""
+        _check_is_tensor("cumulative lengths", cu_seqlens)
         bounds = cu_seqlens.tolist() if cu_seqlens.ndim == 1 else []
         if len(bounds) < 2 or bounds[0] != 0 or bounds != sorted(bounds):
             raise ValueError(
@@ -103,6 +109,11 @@ class Segments:
             starts.append(start)
         for length in sorted(groups):
             yield length, *groups[length]
+
+
+def _check_is_tensor(name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
 def map_segments(

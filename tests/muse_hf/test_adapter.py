@@ -7,7 +7,15 @@ import pytest
 import torch
 from transformers import AutoConfig, DataCollatorWithFlattening, DynamicCache
 
-from muse_hf import MuseConfig, UnsupportedError, adapter, muse_attention, patch_model, unpatch_model
+from muse_hf import (
+    MuseConfig,
+    Segments,
+    UnsupportedError,
+    adapter,
+    muse_attention,
+    patch_model,
+    unpatch_model,
+)
 from tests.models import (
     CAUSAL_FAMILIES,
     EVERYTHING,
@@ -171,6 +179,20 @@ def test_documents_packed_by_cumulative_lengths_equal_each_alone(family, layers,
     assert len(muse_calls) == (LAYERS if layers == "all" else 1)
     for document, place in zip(DOCUMENTS, places):
         assert_same(packed[place], output_of(model, document)[0], f"document at {place[1]}")
+
+
+def test_cumulative_lengths_are_read_once_for_all_layers(monkeypatch):
+    """Reading them waits for the device. Lengths that were changed in place are read again."""
+    read, read_from = [], Segments.from_cu_seqlens
+    monkeypatch.setattr(Segments, "from_cu_seqlens", lambda bounds: read.append(1) or read_from(bounds))
+    model = muse_model("llama")
+    batch, places = pack(DOCUMENTS)
+    bounds = torch.tensor([0, *(place.stop for _, place in places)], dtype=torch.int32)
+    together = output_of(model, **batch, cu_seq_lens_q=bounds)
+    assert len(read) == 1, f"read for {len(read)} of {LAYERS} layers"
+    bounds[1] -= 1
+    assert not torch.equal(output_of(model, **batch, cu_seq_lens_q=bounds), together)
+    assert len(read) == 2
 
 
 @pytest.mark.parametrize("with_lengths", [False, True])

@@ -43,6 +43,22 @@ def test_impossible_segments_are_refused(rows, starts, lengths):
         Segments((2, 4), rows, starts, lengths)
 
 
+@pytest.mark.parametrize(
+    "constructor",
+    [Segments.from_ids, Segments.from_padding_mask, Segments.from_position_ids, Segments.from_cu_seqlens],
+    ids=lambda constructor: constructor.__name__,
+)
+def test_what_is_no_tensor_is_refused(constructor):
+    with pytest.raises(TypeError, match="must be a tensor, got list"):
+        constructor([0, 3])
+
+
+@pytest.mark.parametrize("shape", [3, (3,), (2.0, 4)], ids=str)
+def test_shapes_are_two_numbers(shape):
+    with pytest.raises(TypeError, match="shape must be two numbers, rows and tokens, got"):
+        Segments(shape, [0], [0], [2])
+
+
 def test_ids_must_be_integers_in_rows():
     with pytest.raises(ValueError, match=r"must be integers of shape"):
         Segments.from_ids(torch.ones(3))

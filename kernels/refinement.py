@@ -48,11 +48,11 @@ def _sum_kept(
     bit = tl.full([BLOCK_J], 1, tl.int32) << place
     room = tl.zeros(top.shape, tl.int32) + num_retrieved
     for j in range(0, seen, BLOCK_J):
-        k = load_summaries(k_at + j * HEAD_DIM, HEAD_DIM, BLOCK_D)
+        k = load_summaries(k_at + j * HEAD_DIM, j + place < seen, HEAD_DIM, BLOCK_D)
         s = summary_logits(q, k, mass_at + j, j + place < seen, scale)
         p = tl.exp2(s * LOG2_E - top[:, None])
         if WORDS > 0:
-            spread = load_summaries(spread_at + j * HEAD_DIM, HEAD_DIM, BLOCK_D)
+            spread = load_summaries(spread_at + j * HEAD_DIM, j + place < seen, HEAD_DIM, BLOCK_D)
             taken = _score_of(half_square, spread, s) >= threshold[:, None]
             if FIRST_ONLY:
                 taken = take_first(taken, room)
@@ -60,7 +60,7 @@ def _sum_kept(
             tl.store(chosen_at + j // 32, word, mask=inside)
             room -= number_of_bits(word)
             p = tl.where(taken, 0, p)
-        v = load_summaries(v_at + j * HEAD_DIM, HEAD_DIM, BLOCK_D)
+        v = load_summaries(v_at + j * HEAD_DIM, j + place < seen, HEAD_DIM, BLOCK_D)
         o = tl.dot(p.to(v.dtype), v, o, input_precision="ieee")
         total += tl.sum(p, 1)
     return o, total, room
@@ -98,11 +98,11 @@ def _forward_kernel(
         least = tl.full([BLOCK_Q, BLOCK_J], -float("inf"), tl.float32)
         largest, kept = least, (least, least, least, least)
         for j in range(0, seen, BLOCK_J):
-            k = load_summaries(k_at + j * HEAD_DIM, HEAD_DIM, BLOCK_D)
+            k = load_summaries(k_at + j * HEAD_DIM, j + place < seen, HEAD_DIM, BLOCK_D)
             s = summary_logits(q, k, mass_at + j, j + place < seen, scale)
             largest = tl.maximum(largest, s)
             if WORDS > 0:
-                spread = load_summaries(spread_at + j * HEAD_DIM, HEAD_DIM, BLOCK_D)
+                spread = load_summaries(spread_at + j * HEAD_DIM, j + place < seen, HEAD_DIM, BLOCK_D)
                 kept = keep_largest(kept, _score_of(half_square, spread, s))
         threshold = threshold_of(kept, num_retrieved, STEPS)
 

@@ -52,11 +52,11 @@ def _query_backward_kernel(
         v_at = rows_at(value_mean, heads_row + place, HEAD_DIM, BLOCK_D)
         dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
         for j in range(0, seen, BLOCK_J):
-            k = load_summaries(k_at + j * HEAD_DIM, HEAD_DIM, BLOCK_D)
+            k = load_summaries(k_at + j * HEAD_DIM, j + place < seen, HEAD_DIM, BLOCK_D)
             s = summary_logits(q, k, log_mass + heads_row + j + place, j + place < seen, scale)
             taken = is_chosen(chosen, row, inside, j, WORDS, BLOCK_J)
             p = tl.where(taken, 0, tl.exp2(s * LOG2_E - query_lse[:, None]))
-            v = load_summaries(v_at + j * HEAD_DIM, HEAD_DIM, BLOCK_D)
+            v = load_summaries(v_at + j * HEAD_DIM, j + place < seen, HEAD_DIM, BLOCK_D)
             ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - query_delta[:, None])
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
         dq = dq * scale + load_rows(
@@ -88,8 +88,10 @@ def _summary_backward_kernel(
     dims = tl.arange(0, BLOCK_D)
     at = (heads_row + clusters)[:, None] * HEAD_DIM + dims[None, :]
     mask = exists[:, None] & (dims < HEAD_DIM)[None, :]
-    k = load_summaries(rows_at(key_mean, heads_row + clusters, HEAD_DIM, BLOCK_D), HEAD_DIM, BLOCK_D)
-    v = load_summaries(rows_at(value_mean, heads_row + clusters, HEAD_DIM, BLOCK_D), HEAD_DIM, BLOCK_D)
+    k_at = rows_at(key_mean, heads_row + clusters, HEAD_DIM, BLOCK_D)
+    v_at = rows_at(value_mean, heads_row + clusters, HEAD_DIM, BLOCK_D)
+    k = load_summaries(k_at, exists, HEAD_DIM, BLOCK_D)
+    v = load_summaries(v_at, exists, HEAD_DIM, BLOCK_D)
     # Queries of the block after a cluster's own are the first to see it.
     own_block = (local + tl.arange(0, BLOCK_J)) // clusters_per_block
     seen_from = start + (own_block - local // clusters_per_block) * block_size

@@ -14,11 +14,11 @@ def rows_at(means, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def load_summaries(at, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of clusters, also some behind the last: the tensors are padded."""
+def load_summaries(at, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of clusters, zero where they are not to be seen: NaN of later blocks would spread."""
     if HEAD_DIM == BLOCK_D:
-        return tl.load(at)
-    return tl.load(at, mask=(tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :], other=0)
+        return tl.load(at, mask=exists[:, None], other=0)
+    return tl.load(at, mask=exists[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :], other=0)
 
 
 @triton.jit

@@ -110,6 +110,18 @@ def test_packed_and_padded_sequences_equal_each_alone():
     check_sequences(inputs(batch=2, heads=1, length=60), CONFIG, segments, alone)
 
 
+def test_nan_spreads_to_later_tokens_of_its_own_sequence_only():
+    """Also where a tile of summaries reaches beyond those that a query sees."""
+    segments = Segments((1, 80), rows=[0, 0], starts=[0, 40], lengths=[40, 40])
+    query, key, value, grad = inputs(heads=1, length=80)
+    value[:, :, 60] = torch.nan  # in the second block of the second sequence
+    output, lse, query_grad, *_ = results((query, key, value, grad), CONFIG, segments=segments)
+    assert lse.isfinite().all()
+    for name, result in (("output", output), ("query gradient", query_grad)):
+        assert result[:, :, :56].isfinite().all(), f"{name} of earlier blocks"
+        assert result[:, :, 72:].isnan().any(-1).all(), f"{name} of later blocks"
+
+
 def test_a_prefix_gives_the_prefix():
     tensors = inputs(heads=1, length=61)
     whole = muse_attention(*tensors[:3], is_causal=True, config=CONFIG)

@@ -53,7 +53,7 @@ def muse_attention(
     """
     config = MuseConfig() if config is None else check_config(config)
     query, key, value = _checked(query, key, value, is_causal, scale, segments)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
 
     if kernels := _kernels(query, key, is_causal, config, segments):
         sequences = _sequences(query, segments) if is_causal else ()

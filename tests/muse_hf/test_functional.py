@@ -1,6 +1,7 @@
 """muse_attention: agreement with exact attention, dtypes, autocast, segments and bad input."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -79,6 +80,12 @@ def test_packed_and_padded_segments_equal_each_alone(attend, is_causal):
             total[own] = part
     for packed, alone in zip(packed_grads, alone_grads):
         torch.testing.assert_close(packed, alone)
+
+
+def test_a_scale_may_be_any_real_number():
+    inputs = qkv()
+    outputs = [muse_attention(*inputs, is_causal=True, config=SMALL, scale=s) for s in (Fraction(1, 2), 0.5)]
+    assert torch.equal(*outputs)
 
 
 def test_strided_inputs_give_the_same_bits():

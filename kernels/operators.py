@@ -1,6 +1,7 @@
 """What the attention ops share: which inputs kernels serve, and how forward and backward become one op."""
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ class AttentionOp:
         backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
         num_kept: int,
     ):
+        forward, backward = _on_its_device(forward), _on_its_device(backward)
         self.operator = torch.library.custom_op(name, forward, mutates_args=())
         self.operator.register_fake(fake)
         backward_operator = torch.library.custom_op(f"{name}_backward", backward, mutates_args=())
@@ -93,6 +95,20 @@ class AttentionOp:
             output, _, lse, *_ = self.operator(*inputs)
             return output, lse.detach()
         return self.function.apply(*inputs)
+
+
+def _on_its_device(function: Callable) -> Callable:
+    """The function on the device of its first tensor, which need not be the current one.
+
+    Triton compiles and launches for the current device, whatever device its tensors are on.
+    """
+
+    @wraps(function)
+    def on_its_device(tensor: torch.Tensor, *others: Any) -> Any:
+        with torch.cuda.device_of(tensor):
+            return function(tensor, *others)
+
+    return on_its_device
 
 
 def _fake_gradients(grad, query, key, value, *_):

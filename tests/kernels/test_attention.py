@@ -122,6 +122,15 @@ def test_nan_spreads_to_later_tokens_of_its_own_sequence_only():
         assert result[:, :, 72:].isnan().any(-1).all(), f"{name} of later blocks"
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_inputs_need_not_be_on_the_current_device():
+    """As in a model whose layers are spread over GPUs."""
+    tensors = inputs()
+    elsewhere = [tensor.to("cuda:1") for tensor in tensors]
+    for name, actual, expected in zip(NAMES, results(elsewhere, CONFIG), results(tensors, CONFIG)):
+        assert torch.equal(actual.cpu(), expected.cpu()), name
+
+
 def test_a_prefix_gives_the_prefix():
     tensors = inputs(heads=1, length=61)
     whole = muse_attention(*tensors[:3], is_causal=True, config=CONFIG)

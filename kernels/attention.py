@@ -5,13 +5,14 @@ from itertools import chain
 
 import torch
 from muse_hf.kernels.clustering import PADDING, Clusters, cluster_keys
+from muse_hf.kernels.common import shared_memory_of
 from muse_hf.kernels.layout import count_clusters, layout_of
 from muse_hf.kernels.local import local_forward
 from muse_hf.kernels.local_backward import local_backward
-from muse_hf.kernels.operators import AttentionOp, reason_against_inputs
+from muse_hf.kernels.operators import AttentionOp, reason_against_inputs, reason_against_local_blocks
 from muse_hf.kernels.refinement import num_words, refine
 from muse_hf.kernels.refinement_backward import query_backward, summary_backward
-from muse_hf.kernels.retrieval import Items, retrieve, retrieve_backward, sort_items
+from muse_hf.kernels.retrieval import Items, retrieve, retrieve_backward, shared_memory_for, sort_items
 from muse_hf.kernels.selection import MOST_RETRIEVED, list_choice
 from muse_hf.kernels.streams import beside, join
 from muse_hf.kernels.weight_terms import weight_terms
@@ -21,12 +22,15 @@ from muse_hf.config import MuseConfig
 
 def reason_against(query: torch.Tensor, key: torch.Tensor, is_causal: bool, config: MuseConfig) -> str | None:
     """Why these kernels cannot serve a call, or None if they can. Shapes as in `triton_attention`."""
-    if reason := reason_against_inputs(query):
+    if reason := reason_against_inputs(query) or reason_against_local_blocks(query):
         return reason
     if not is_causal or config.summaries != "plain" or config.hierarchy != "flat":
         return 'they serve causal attention with summaries="plain" and hierarchy="flat" so far'
     if config.num_retrieved > MOST_RETRIEVED:
         return f"num_retrieved={config.num_retrieved} is more than {MOST_RETRIEVED}"
+    capacity = config.capacity_for(config.local_block)
+    if query.is_cuda and shared_memory_for(query, capacity) > shared_memory_of(query.device):
+        return f"clusters of up to {capacity} keys with head_dim {query.shape[3]} do not fit shared memory"
     return None
 
 

@@ -13,6 +13,11 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 _device_capability = lru_cache(torch.cuda.get_device_capability)
 
 
+def shared_memory_of(device: torch.device) -> int:
+    """Bytes of shared memory that a program may use."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - 1024
+
+
 def has_much_shared_memory(tensor: torch.Tensor) -> bool:
     """Whether a program may use more than 99 KiB, up to 227, of it."""
     return tensor.is_cuda and _device_capability(tensor.device)[0] in (9, 10)

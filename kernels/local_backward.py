@@ -14,6 +14,7 @@ from muse_hf.kernels.common import (
     LOG2_E,
     choose_launch,
     gather_tokens,
+    has_much_shared_memory,
     load_tokens,
     plane_of,
     power_of_two,
@@ -24,6 +25,7 @@ from muse_hf.kernels.layout import Layout
 
 _QUERY_LAUNCH = {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
 _WIDE_QUERY_LAUNCH = {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+_WIDEST_QUERY_LAUNCH = {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}
 _KEY_LAUNCH = {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 168}
 _WIDE_KEY_LAUNCH = {"BLOCK_Q": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
 _PRECISE_QUERY_LAUNCH = {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1}
@@ -245,7 +247,10 @@ def local_backward(
     sizes = query.shape[2], query.shape[0] * query.shape[2]
     dims = {"GROUP_HEADS": heads // kv_heads, "HEAD_DIM": head_dim, "BLOCK_D": power_of_two(head_dim)}
     bounds, parts = query_parts or ((None, None), None)
-    settings = choose_launch(query, _QUERY_LAUNCH, _WIDE_QUERY_LAUNCH, _PRECISE_QUERY_LAUNCH)
+    wide = _WIDE_QUERY_LAUNCH if head_dim <= 128 else _WIDEST_QUERY_LAUNCH
+    if not has_much_shared_memory(query):
+        wide = wide | {"num_stages": 2}
+    settings = choose_launch(query, _QUERY_LAUNCH, wide, _PRECISE_QUERY_LAUNCH)
     launch(
         _query_kernel, (ceil_div(block, settings["BLOCK_Q"]), heads, blocks[0].shape[0]),
         *read, terms, *blocks, *bounds, parts, grads[0], *strides, *grads[0].stride()[:3], *sizes,

@@ -5,10 +5,13 @@ from functools import wraps
 from typing import Any
 
 import torch
+from muse_hf.kernels.common import shared_memory_of
 from torch.autograd.function import once_differentiable
 from triton import knobs
 
 LARGEST_HEAD_DIM = 256
+# Bytes of shared memory for the gradients of local blocks where head_dim is larger than 128.
+_WIDE_BLOCKS = 192 << 10
 # Kernels run on the CPU if Triton was told so before it was imported.
 _INTERPRETED = knobs.runtime.interpret
 
@@ -23,6 +26,13 @@ def reason_against_inputs(query: torch.Tensor) -> str | None:
         return "they need compute capability 8.0 or newer"
     if query.shape[3] > LARGEST_HEAD_DIM:
         return f"head_dim {query.shape[3]} is larger than {LARGEST_HEAD_DIM}"
+    return None
+
+
+def reason_against_local_blocks(query: torch.Tensor) -> str | None:
+    """Why the gradients of local blocks, which causal attention needs, cannot be had; None if they can."""
+    if query.shape[3] > 128 and query.is_cuda and shared_memory_of(query.device) < _WIDE_BLOCKS:
+        return f"with head_dim {query.shape[3]} causal attention takes more shared memory than this GPU has"
     return None
 
 

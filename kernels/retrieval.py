@@ -322,6 +322,14 @@ def retrieve_backward(
             )
 
 
+def shared_memory_for(query: torch.Tensor, capacity: int) -> int:
+    """Bytes that `retrieve_backward`, which takes most, needs for keys, values, queries and gradients."""
+    settings = choose_launch(query, _BACKWARD, _WIDE_BACKWARD, _PRECISE)
+    tiles_of_queries = min(2, settings["num_stages"])
+    rows = power_of_two(capacity) + tiles_of_queries * settings["BLOCK_Q"]
+    return 2 * rows * power_of_two(query.shape[3]) * query.element_size() + 1024
+
+
 def _over_queries(kernel, query: torch.Tensor, key: torch.Tensor, kv_heads: range, num_retrieved: int):
     """A launch over the queries of some key/value heads, a few a program."""
     batch, heads, length, head_dim = query.shape

@@ -14,7 +14,12 @@ from muse_hf.kernels.kmeans import Groups, kmeans, sort_by_cluster
 from muse_hf.kernels.levels import Levels, dyadic_levels, dyadic_sets, merge_levels, num_levels
 from muse_hf.kernels.local import local_forward
 from muse_hf.kernels.local_backward import local_backward
-from muse_hf.kernels.operators import AttentionOp, laid_out_like, reason_against_inputs
+from muse_hf.kernels.operators import (
+    AttentionOp,
+    laid_out_like,
+    reason_against_inputs,
+    reason_against_local_blocks,
+)
 from muse_hf.kernels.point_sets import PointSet, PointSets, point_sets, sizes_of
 from muse_hf.kernels.streams import beside, join
 from muse_hf.kernels.tilted_refinement import refine, refine_backward
@@ -30,7 +35,7 @@ def reason_against(query: torch.Tensor, key: torch.Tensor, is_causal: bool, conf
         return 'they serve summaries="tilted" with num_retrieved=0'
     if is_causal and config.hierarchy != "dyadic":
         return 'they serve causal attention with summaries="tilted" and hierarchy="dyadic" only'
-    return reason_against_inputs(query)
+    return reason_against_inputs(query) or (reason_against_local_blocks(query) if is_causal else None)
 
 
 def triton_tilted_attention(

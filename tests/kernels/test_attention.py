@@ -1,8 +1,10 @@
 """The Triton backend against the reference: in Triton's interpreter on the CPU, for real on a GPU."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from muse_hf.kernels import attention
+from muse_hf.kernels import attention, operators
 from torch.utils.checkpoint import checkpoint
 
 from muse_hf import MuseConfig, Segments, muse_attention
@@ -199,6 +201,28 @@ def test_autocast_computes_in_its_dtype():
     low = muse_attention(*(t.half() for t in (query, key, value)), is_causal=True, config=CONFIG)
     assert output.dtype == torch.float16
     assert torch.equal(output, low)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "cluster_size", "kib", "reason"),
+    [
+        (64, 40, 99, None), (128, 40, 99, None), (256, 40, 227, None), (128, 128, 227, None),
+        (256, 40, 163, "head_dim 256"), (128, 128, 163, "192 keys"), (64, 1024, 227, "1536 keys"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_shared_memory_is_refused(monkeypatch, head_dim, cluster_size, kib, reason):
+    for module in (attention, operators):
+        monkeypatch.setattr(module, "shared_memory_of", lambda device: kib << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    query = SimpleNamespace(
+        is_cuda=True,
+        device="cuda",
+        dtype=torch.bfloat16,
+        shape=(1, 1, 8192, head_dim),
+        element_size=lambda: 2,
+    )
+    actual = attention.reason_against(query, query, True, MuseConfig(cluster_size=cluster_size))
+    assert actual is None if reason is None else reason in actual
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from muse_hf.kernels.refinement import num_words, refine
 from muse_hf.kernels.refinement_backward import query_backward, summary_backward
 from muse_hf.kernels.retrieval import Items, retrieve, retrieve_backward, shared_memory_for, sort_items
 from muse_hf.kernels.selection import MOST_RETRIEVED, list_choice
-from muse_hf.kernels.streams import beside, join
 from muse_hf.kernels.weight_terms import weight_terms
 
 from muse_hf.config import MuseConfig
@@ -80,17 +79,13 @@ def forward(
     """
     batch, heads, length, head_dim = query.shape
     layout = layout_of(tuple(sequences), batch * length, block, clusters_per_block, query.device)
-    with beside(query.device):
-        clusters = cluster_keys(
-            key, value, layout.key_start, block, clusters_per_block, capacity, kmeans_iters
-        )
+    clusters = cluster_keys(key, value, layout.key_start, block, clusters_per_block, capacity, kmeans_iters)
     local, local_lse = local_forward(query, key, value, layout, scale, block)
     output = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
     lse = query.new_empty(heads, batch * length, dtype=torch.float32)
     if layout.outside is not None:  # λ = ∞ makes all weights and so all gradients zero
         output.zero_()
         lse.fill_(torch.inf)
-    join(query.device)
     chosen = refine(query, clusters, layout, local, local_lse, output, lse, scale, num_retrieved, block)
     choice = list_choice(chosen, layout, num_retrieved, block)
     items = sort_items(choice.view(key.shape[1], choice.numel() // key.shape[1]), clusters.count.shape[1])

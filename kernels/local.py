@@ -1,54 +1,138 @@
-"""Exact causal attention inside the blocks of a layout: the library's kernel, which returns its logsumexp.
+"""Exact causal attention inside the blocks of a layout, with its logsumexp.
 
-What it does not serve (float32, or no GPU) takes the reference's exact attention.
+The library's kernel where it serves: cuDNN for even blocks, flash attention for ragged ones. A kernel of our
+own for what it does not: float32, odd head sizes, Triton's interpreter.
 """
 
 import torch
+import triton
+import triton.language as tl
+from muse_hf.kernels.common import (
+    LOG2_E,
+    gather_tokens,
+    load_tokens,
+    plane_of,
+    power_of_two,
+    store_tokens,
+)
+from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.layout import Layout
 
-from muse_hf.reference.exact import exact_forward
+# Head sizes up to which cuDNN and flash attention serve. Both want rows of whole 16 bytes.
+_LARGEST_CUDNN, _LARGEST_FLASH = 128, 256
+
+
+@triton.jit
+def _attend(
+    o, total, top, q, k_plane, v_plane, key_tokens, inside, causal, stride_kn, stride_vn, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Unscaled output, sum of weights and bound of a tile of queries after one more tile of keys."""
+    if MASKED:
+        k = load_tokens(k_plane, key_tokens, inside, stride_kn, HEAD_DIM, BLOCK_D)
+        v = load_tokens(v_plane, key_tokens, inside, stride_vn, HEAD_DIM, BLOCK_D)
+    else:
+        k = gather_tokens(k_plane, key_tokens, stride_kn, HEAD_DIM, BLOCK_D)
+        v = gather_tokens(v_plane, key_tokens, stride_vn, HEAD_DIM, BLOCK_D)
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if MASKED:
+        s = tl.where(causal, s, -float("inf"))
+    new_top = tl.maximum(top, tl.max(s, 1))
+    shrink = tl.exp2(top - new_top)
+    p = tl.exp2(s - new_top[:, None])
+    o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision="ieee")
+    return o, total * shrink + tl.sum(p, 1), new_top
+
+
+@triton.jit
+def _local_kernel(
+    query, key, value, block_start, block_length, output, lse,
+    stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_ob, stride_oh, stride_on, length, num_tokens, scale,
+    GROUP_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A tile of queries, those with most keys first."""
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q
+    head, block = tl.program_id(1).to(tl.int64), tl.program_id(2)
+    many = tl.load(block_length + block)
+    if first < many:
+        start = tl.load(block_start + block)
+        row, begin = start // length, start % length
+        places = first + tl.arange(0, BLOCK_Q)
+        inside, tokens = places < many, begin + places
+        q_plane = plane_of(query, row, head, stride_qb, stride_qh)
+        k_plane = plane_of(key, row, head // GROUP_HEADS, stride_kb, stride_kh)
+        v_plane = plane_of(value, row, head // GROUP_HEADS, stride_vb, stride_vh)
+        q = load_tokens(q_plane, tokens, inside, stride_qn, HEAD_DIM, BLOCK_D)
+        o = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+        total = tl.zeros([BLOCK_Q], tl.float32)
+        top = tl.full([BLOCK_Q], -float("inf"), tl.float32)
+        lane = tl.arange(0, BLOCK_K)
+        for k in range(0, first, BLOCK_K):
+            o, total, top = _attend(
+                o, total, top, q, k_plane, v_plane, begin + k + lane, None, None,
+                stride_kn, stride_vn, scale * LOG2_E, HEAD_DIM, BLOCK_D, False,
+            )  # fmt: skip
+        for k in range(first, tl.minimum(first + BLOCK_Q, many), BLOCK_K):
+            o, total, top = _attend(
+                o, total, top, q, k_plane, v_plane, begin + k + lane, k + lane < many,
+                k + lane[None, :] <= places[:, None],
+                stride_kn, stride_vn, scale * LOG2_E, HEAD_DIM, BLOCK_D, True,
+            )  # fmt: skip
+        o *= (1 / total)[:, None]
+        store_tokens(
+            plane_of(output, row, head, stride_ob, stride_oh), o, tokens, inside, stride_on, HEAD_DIM, BLOCK_D
+        )
+        tl.store(lse + head * num_tokens + start + places, (top + tl.log2(total)) / LOG2_E, mask=inside)
 
 
 def local_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, block: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (B, H, N, D) and logsumexp (H, B * N) float32 of each block by itself."""
-    batch = query.shape[0]
-    if _has_library_kernel(query) and layout.even:
+    """Output (B, H, N, D) and logsumexp (H, B * N) float32 of each block by itself.
+
+    Outside the sequences nothing is said of them.
+    """
+    batch, heads, length, head_dim = query.shape
+    served = all(map(_suits_library, (query, key, value)))
+    if served and layout.even and head_dim <= _LARGEST_CUDNN:
         blocks = (_as_blocks(tensor, block) for tensor in (query, key, value))
         output, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             *blocks, None, True, 0.0, True, False, scale=scale
         )
         lse = lse.squeeze(-1).transpose(0, 1).flatten(1)
         return _from_blocks(output, batch), lse
-    if _has_library_kernel(query):
+    if served and head_dim <= _LARGEST_FLASH:
         ends = layout.bounds
-        rows = (_as_rows(tensor) for tensor in (query, key, value))
+        rows = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
         output, lse, *_ = torch.ops.aten._flash_attention_forward(
             *rows, ends, ends, block, block, 0.0, True, False, scale=scale
         )
-        return _from_rows(output, batch), lse
-    tokens, inside = _block_tokens(layout, block)
-    q, k, v = (_fold(tensor, tokens, key.shape[1]) for tensor in (query * scale, key, value))
-    folded, folded_lse = exact_forward(q, k[:, 0], v[:, 0], is_causal=True)
-    output = torch.zeros_like(query)
-    _unfold(folded, tokens, inside, output)
-    lse = torch.zeros(*query.shape[:3], 1, device=query.device)
-    _unfold(folded_lse[..., None].float(), tokens, inside, lse)
-    return output, lse.transpose(0, 1).flatten(1)
+        return output.unflatten(0, (batch, length)).transpose(1, 2), lse
+    output = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+    lse = query.new_empty(heads, batch * length, dtype=torch.float32)
+    strides = [stride for tensor in (query, key, value, output) for stride in tensor.stride()[:3]]
+    tile = 32 if query.dtype == torch.float32 else 64
+    launch(
+        _local_kernel, (ceil_div(block, tile), heads, layout.block_start.shape[0]),
+        query, key, value, layout.block_start, layout.block_length, output, lse, *strides, length,
+        batch * length, scale,
+        GROUP_HEADS=heads // key.shape[1], HEAD_DIM=head_dim, BLOCK_D=power_of_two(head_dim),
+        BLOCK_Q=tile, BLOCK_K=32, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return output, lse
 
 
-def _has_library_kernel(query: torch.Tensor) -> bool:
-    return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
-
-
-def _as_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """(B, H, N, D) to (B * N, H, D), a view where N rows of all heads lie together."""
-    return tensor.transpose(1, 2).flatten(0, 1)
-
-
-def _from_rows(rows: torch.Tensor, batch: int) -> torch.Tensor:
-    return rows.unflatten(0, (batch, -1)).transpose(1, 2)
+def _suits_library(tensor: torch.Tensor) -> bool:
+    """Whether its rows (B, H, N, D) are of 16 bits a number and begin at multiples of 16 bytes."""
+    starts = (*tensor.stride()[:3], tensor.shape[3])
+    return (
+        tensor.is_cuda
+        and tensor.dtype in (torch.float16, torch.bfloat16)
+        and tensor.data_ptr() % 16 == 0
+        and all(number % 8 == 0 for number in starts)
+    )
 
 
 def _as_blocks(tensor: torch.Tensor, block: int) -> torch.Tensor:
@@ -60,29 +144,3 @@ def _as_blocks(tensor: torch.Tensor, block: int) -> torch.Tensor:
 def _from_blocks(blocks: torch.Tensor, batch: int) -> torch.Tensor:
     _, heads, _, head_dim = blocks.shape
     return blocks.transpose(1, 2).reshape(batch, -1, heads, head_dim).transpose(1, 2)
-
-
-def _block_tokens(layout: Layout, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (Z, block) of all blocks, and which of them exist. Those behind a block's end do no harm:
-    causal attention does not look there."""
-    offset = torch.arange(block, device=layout.block_start.device)
-    inside = offset < layout.block_length[:, None]
-    return torch.where(inside, layout.block_start[:, None] + offset, layout.block_start[:, None]), inside
-
-
-def _fold(tensor: torch.Tensor, tokens: torch.Tensor, kv_heads: int) -> torch.Tensor:
-    """(B, H, N, D) to the blocks (Z * Hkv, G, block, D), in float32 at least."""
-    rows = (
-        _as_rows(tensor)[tokens]
-        .to(torch.promote_types(tensor.dtype, torch.float32))
-        .unflatten(2, (kv_heads, -1))
-    )
-    return rows.permute(0, 2, 3, 1, 4).flatten(0, 1).contiguous()
-
-
-def _unfold(folded: torch.Tensor, tokens: torch.Tensor, inside: torch.Tensor, target: torch.Tensor) -> None:
-    """Write blocks (Z * Hkv, G, block, D) to their places in a contiguous tensor (B, H, N, D)."""
-    rows = folded.unflatten(0, (tokens.shape[0], -1)).flatten(1, 2).transpose(1, 2)[inside]
-    length = target.shape[2]
-    at = tokens[inside]
-    target[at // length, :, at % length] = rows.to(target.dtype)

@@ -21,7 +21,6 @@ from muse_hf.kernels.operators import (
     reason_against_local_blocks,
 )
 from muse_hf.kernels.point_sets import PointSet, PointSets, point_sets, sizes_of
-from muse_hf.kernels.streams import beside, join
 from muse_hf.kernels.tilted_refinement import refine, refine_backward
 from muse_hf.kernels.tilted_summaries import Summaries, summaries_backward, summarise
 from muse_hf.kernels.weight_terms import weight_terms
@@ -129,12 +128,9 @@ def forward(
     """
     batch, heads, length, head_dim = query.shape
     sets, levels = _levels(query, key, sequences, block, clusters, capacities, own)
-    with beside(query.device):
-        centroids = kmeans(query, key, sets, kmeans_iters)
-        groups, label, near = sort_by_cluster(query, key, sets, centroids)
-        members, held = members_with_capacity(key, sets, centroids, groups, label, near)
-    local = None if levels is None else local_forward(query, key, value, levels.layout, scale, block)
-    join(query.device)
+    centroids = kmeans(query, key, sets, kmeans_iters)
+    groups, label, near = sort_by_cluster(query, key, sets, centroids)
+    members, held = members_with_capacity(key, sets, centroids, groups, label, near)
     summaries = summarise(key, value, sets, members, held, centroids, scale, dipole)
     part_lse = query.new_empty(heads, sets.num_query_points, dtype=torch.float32)
     if levels is None:
@@ -145,6 +141,7 @@ def forward(
     else:
         parts = query.new_empty(heads, sets.num_query_points, head_dim)
         refine(query, sets, groups, centroids, summaries, parts, part_lse, scale)
+        local = local_forward(query, key, value, levels.layout, scale, block)
         results = [*merge_levels(levels, block, *local, parts, part_lse), part_lse]
     return [*results, centroids, members, held, *groups, *(x for x in summaries if x is not None)]
 

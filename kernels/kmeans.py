@@ -298,6 +298,8 @@ def kmeans(query: torch.Tensor, key: torch.Tensor, sets: PointSets, iters: int) 
     heads, head_dim = query.shape[1], query.shape[3]
     tiles = _tiles(query, sets)
     one_tile, block_c = sets.max_clusters <= tiles["BLOCK_C"], min(16, tiles["BLOCK_C"])
+    # A fourth or a third program on a multiprocessor is worth registers spilled outside of the loop.
+    registers = {"maxnreg": 128 if tiles["BLOCK_D"] <= 64 else 168} if query.element_size() == 2 else {}
     dims = {name: tiles[name] for name in ("HEAD_DIM", "BLOCK_D")}
     strides = *query.stride()[:3], *key.stride()[:3]
     centroids = query.new_empty(heads, sets.num_rows, head_dim)
@@ -315,7 +317,7 @@ def kmeans(query: torch.Tensor, key: torch.Tensor, sets: PointSets, iters: int) 
                 _sums_kernel, (sets.sources.shape[0], ceil_div(sets.max_clusters, tiles["BLOCK_C"]), heads),
                 query, key, sets.table, sets.sources, centroids, label, sums, counts, *strides, key.shape[1],
                 sets.num_rows, sets.num_source_points, sets.num_sums,
-                LABELLED=not one_tile, **start, **tiles, num_stages=2,
+                LABELLED=not one_tile, **start, **tiles, **registers, num_stages=2,
             )  # fmt: skip
         launch(
             _means_kernel, (sets.table.shape[0], ceil_div(sets.max_clusters, block_c), heads),

@@ -22,7 +22,8 @@ from muse_hf.kernels.operators import (
 )
 from muse_hf.kernels.point_sets import PointSet, PointSets, point_sets, sizes_of
 from muse_hf.kernels.tilted_refinement import refine, refine_backward
-from muse_hf.kernels.tilted_summaries import Summaries, summaries_backward, summarise
+from muse_hf.kernels.tilted_summaries import Summaries, summarise
+from muse_hf.kernels.tilted_summaries_backward import summaries_backward
 from muse_hf.kernels.weight_terms import weight_terms
 
 from muse_hf.config import MuseConfig
@@ -206,9 +207,9 @@ def backward(
     else:
         num_points = (sets.num_query_points, sets.num_key_points, sets.num_key_points)
         rows = [t.new_empty(t.shape[1], points, t.shape[3]) for t, points in zip(tensors, num_points)]
-    delta, terms = weight_terms(output, grad, lse)
+    _, terms = weight_terms(output, grad, lse)
     summary_grads = refine_backward(
-        query, grad, delta, lse, part_lse, sets, groups, centroids, summaries, rows[0], scale
+        query, grad, terms, lse, part_lse, sets, groups, centroids, summaries, rows[0], scale
     )
     summaries_backward(key, value, sets, members, held, centroids, scale, summaries, summary_grads, *rows[1:])
     if levels is None:

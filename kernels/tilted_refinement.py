@@ -33,12 +33,25 @@ from muse_hf.kernels.point_sets import (
     PointSets,
     set_field,
 )
-from muse_hf.kernels.tilted_summaries import Summaries, SummaryGradients
+from muse_hf.kernels.tilted_summaries import Summaries
+from muse_hf.kernels.tilted_summaries_backward import SummaryGradients
 
 # Clusters or queries in a tile.
 _TILE = 64
-# A third program on a multiprocessor is worth a few spilled registers.
-_FEW_REGISTERS = ({}, {"maxnreg": 168})
+# One more program on a multiprocessor, a fourth or a third, is worth a few spilled registers.
+_FORWARD_REGISTERS, _BACKWARD_REGISTERS = {"maxnreg": 128}, {"maxnreg": 168}
+
+
+@triton.jit
+def _load_centroid(centroid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, first=0):
+    """q̄ (BLOCK_D, 16), in 16 equal columns: matrix units are the fastest way to its inner products."""
+    return tl.trans(gather_tokens(centroid, tl.zeros([16], tl.int32), 0, HEAD_DIM, BLOCK_D, first))
+
+
+@triton.jit
+def _times(matrix, columns):
+    """The product with a vector in 16 equal columns."""
+    return tl.max(tl.dot(matrix, columns, input_precision="ieee"), 1)
 
 
 @triton.jit
@@ -49,8 +62,7 @@ def _load_summaries(
     mass = tl.load(log_mass + rows, mask=exists, other=-float("inf"))
     k = load_tokens(key_mean, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
     v = load_tokens(value_mean, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
-    bias = mass - tl.sum(k.to(tl.float32) * c[None, :], 1) * scale
-    return k, v, bias * LOG2_E
+    return k, v, (mass - _times(k, c) * scale) * LOG2_E
 
 
 @triton.jit
@@ -75,15 +87,14 @@ def _forward_kernel(
     own_order = order + head * num_points + begin
     dims = tl.arange(0, BLOCK_D)
     j = tl.arange(0, BLOCK_C)
-    c = tl.load(centroids + centroid * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0).to(tl.float32)
+    own_centroid = centroids + centroid * HEAD_DIM
+    c = _load_centroid(own_centroid, HEAD_DIM, BLOCK_D)
     if DIPOLE:
         matrix = dipole + (head * (num_rows - num_key_rows) + row) * HEAD_DIM * HEAD_DIM
-        at_zero = tl.zeros([BLOCK_D], tl.float32)  # -M q̄
-        for e in range(0, HEAD_DIM, BLOCK_E):
-            part_dims = e + tl.arange(0, BLOCK_E)
-            columns = load_tokens(matrix, dims, dims < HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_E, e)
-            part = tl.load(centroids + centroid * HEAD_DIM + part_dims, mask=part_dims < HEAD_DIM, other=0)
-            at_zero -= tl.sum(columns.to(tl.float32) * part.to(tl.float32)[None, :], 1) * scale
+        at_zero = tl.zeros([BLOCK_D], tl.float32)  # M δ of a query at zero
+        for e in tl.static_range(0, HEAD_DIM, BLOCK_E):
+            m = load_tokens(matrix, dims, dims < HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_E, e)
+            at_zero -= _times(m, _load_centroid(own_centroid, HEAD_DIM, BLOCK_E, e)) * scale
     if ONE_TILE:
         k, v, bias = _load_summaries(
             log_mass, key_mean, value_mean, c, pairs + j, j < num_clusters, scale, HEAD_DIM, BLOCK_D
@@ -94,30 +105,37 @@ def _forward_kernel(
         points = tl.load(own_order + tl.minimum(places, many - 1))
         tokens = points + token_of_point
         q = gather_tokens(plane, tokens, stride_qn, HEAD_DIM, BLOCK_D)
-        top = tl.full([BLOCK_Q], -1e30, tl.float32)
-        total = tl.zeros([BLOCK_Q], tl.float32)
         o = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-        for c_first in range(0, BLOCK_C if ONE_TILE else num_clusters, BLOCK_C):
-            if not ONE_TILE:
+        if DIPOLE:
+            for e in tl.static_range(0, HEAD_DIM, BLOCK_E):
+                if BLOCK_E < BLOCK_D:
+                    m = load_tokens(matrix, dims, dims < HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_E, e)
+                part = gather_tokens(plane, tokens, stride_qn, HEAD_DIM, BLOCK_E, e)
+                o = tl.dot(part, tl.trans(m), o, input_precision="ieee")
+            o = o * scale + at_zero[None, :]
+        if ONE_TILE:
+            s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E) + bias[None, :]
+            top = tl.max(s, 1)
+            p = tl.exp2(s - top[:, None])
+            total = tl.sum(p, 1)
+            o = tl.dot((p * (1 / total)[:, None]).to(v.dtype), v, o, input_precision="ieee")
+        else:
+            top = tl.full([BLOCK_Q], -1e30, tl.float32)
+            total = tl.zeros([BLOCK_Q], tl.float32)
+            mean = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+            for c_first in range(0, num_clusters, BLOCK_C):
                 rows, exists = pairs + c_first + j, c_first + j < num_clusters
                 k, v, bias = _load_summaries(
                     log_mass, key_mean, value_mean, c, rows, exists, scale, HEAD_DIM, BLOCK_D
                 )
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E) + bias[None, :]
-            new_top = tl.maximum(top, tl.max(s, 1))
-            p = tl.exp2(s - new_top[:, None])
-            shrink = tl.exp2(top - new_top)
-            total = total * shrink + tl.sum(p, 1)
-            o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision="ieee")
-            top = new_top
-        o *= (1 / total)[:, None]
-        if DIPOLE:
-            tilt = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-            for e in range(0, HEAD_DIM, BLOCK_E):
-                part = gather_tokens(plane, tokens, stride_qn, HEAD_DIM, BLOCK_E, e)
-                columns = load_tokens(matrix, dims, dims < HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_E, e)
-                tilt = tl.dot(part, tl.trans(columns), tilt, input_precision="ieee")
-            o += tilt * scale + at_zero[None, :]
+                s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E) + bias[None, :]
+                new_top = tl.maximum(top, tl.max(s, 1))
+                p = tl.exp2(s - new_top[:, None])
+                shrink = tl.exp2(top - new_top)
+                total = total * shrink + tl.sum(p, 1)
+                mean = tl.dot(p.to(v.dtype), v, mean * shrink[:, None], input_precision="ieee")
+                top = new_top
+            o += mean * (1 / total)[:, None]
         rows = points - num_key_points
         store_tokens(output + head * stride_oh, o, rows, inside, stride_on, HEAD_DIM, BLOCK_D)
         part_lse = (top + tl.log2(total)) / LOG2_E
@@ -125,110 +143,57 @@ def _forward_kernel(
 
 
 @triton.jit
-def _query_backward_kernel(
-    query, grad, part_lse, lse, delta, table, set_of_row, order, first, count, centroids,
-    log_mass, key_mean, value_mean, dipole, grad_query, sorted_lse, slope, product,
+def _load_terms(terms, part_lse, tokens, points, BLOCK_Q: tl.constexpr):
+    """λ log2 e and Δ of queries, and λ of this part: of all queries by one load, see `_key_step`."""
+    column = tl.arange(0, 4)[None, :]
+    merged, part = terms + tokens.to(tl.int64)[:, None] * 2 + column, part_lse + points[:, None]
+    numbers = tl.load(tl.where(column < 2, merged, part))
+    even, odd = tl.split(tl.reshape(numbers, [BLOCK_Q, 2, 2]))
+    query_lse, own_lse = tl.split(even)
+    query_delta, _ = tl.split(odd)
+    return query_lse, query_delta, own_lse
+
+
+@triton.jit
+def _backward_kernel(
+    query, grad, terms, part_lse, table, set_of_row, order, first, count, centroids,
+    log_mass, key_mean, value_mean, dipole, grad_query, grad_key_mean, grad_value_mean, constant,
     stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, stride_dh, stride_dn,
     num_key_sets, num_key_rows, num_rows, num_key_points, num_points, num_pairs, length, num_tokens, scale,
     DIPOLE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, ONE_TILE: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the queries of a centroid.
+    """Gradients of the queries of a centroid, and of its summaries.
 
-    For the gradients of its summaries, in the order of the queries: λ log2 e, and do·M δ - Δ.
+    All products have the summaries, or the dimensions of queries, as rows: a tile of few queries wastes
+    nothing where there are few queries.
     """
     row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     queries = tl.load(set_of_row + num_key_rows + row)
     centroid = head * num_rows + num_key_rows + row
     begin, many = tl.load(first + centroid), tl.load(count + centroid)
     num_clusters = set_field(table, queries - num_key_sets, CLUSTERS)
+    num_centroids = set_field(table, queries, CLUSTERS)
     a = num_key_rows + row - set_field(table, queries, FIRST_ROW)
-    pairs = head * num_pairs + set_field(table, queries, FIRST_PAIR) + a * num_clusters
+    pairs = head * num_pairs + set_field(table, queries, FIRST_PAIR)
     token_of_point = set_field(table, queries, TARGET) - set_field(table, queries, FIRST_POINT)
     batch_row = set_field(table, queries, ROW)
     plane = plane_of(query, batch_row, head, stride_qb, stride_qh)
     grad_plane = plane_of(grad, batch_row, head, stride_gb, stride_gh)
-    head_tokens = head * num_tokens + batch_row.to(tl.int64) * length
-    own_points = head * (num_points - num_key_points) - num_key_points
-    own_places = own_points + begin
-    query_row = head * (num_rows - num_key_rows) + row
+    terms += (head * num_tokens + batch_row.to(tl.int64) * length) * 2
+    part_lse += head * (num_points - num_key_points) - num_key_points
     own_order = order + head * num_points + begin
+    grad_query += head * stride_dh - num_key_points.to(tl.int64) * stride_dn
     dims = tl.arange(0, BLOCK_D)
-    j = tl.arange(0, BLOCK_C)
-    c = tl.load(centroids + centroid * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0).to(tl.float32)
+    own_centroid = centroids + centroid * HEAD_DIM
+    c = _load_centroid(own_centroid, HEAD_DIM, BLOCK_D)
     if DIPOLE:
-        matrix = dipole + query_row * HEAD_DIM * HEAD_DIM
-    if ONE_TILE:
-        k, v, bias = _load_summaries(
-            log_mass, key_mean, value_mean, c, pairs + j, j < num_clusters, scale, HEAD_DIM, BLOCK_D
-        )
-    inner = tl.zeros([BLOCK_Q], tl.float32)
-    for q_first in range(0, many, BLOCK_Q):
-        places = q_first + tl.arange(0, BLOCK_Q)
-        inside = places < many
-        points = tl.load(own_order + tl.minimum(places, many - 1))
-        tokens = points + token_of_point
-        q = gather_tokens(plane, tokens, stride_qn, HEAD_DIM, BLOCK_D)
-        do = gather_tokens(grad_plane, tokens, stride_gn, HEAD_DIM, BLOCK_D)
-        query_lse = tl.load(lse + head_tokens + tokens) * LOG2_E
-        shift = -tl.load(delta + head_tokens + tokens)
-        dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-        if DIPOLE:
-            for e in range(0, HEAD_DIM, BLOCK_E):  # M do
-                part = gather_tokens(grad_plane, tokens, stride_gn, HEAD_DIM, BLOCK_E, e)
-                part_dims = e + tl.arange(0, BLOCK_E)
-                m = load_tokens(matrix, part_dims, part_dims < HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_D)
-                dq = tl.dot(part, m, dq, input_precision="ieee")
-            share = tl.exp2(tl.load(part_lse + own_points + points) * LOG2_E - query_lse)
-            along = tl.sum(dq * (q.to(tl.float32) - c[None, :]), 1) * scale  # do·M δ
-            dq *= share[:, None]
-            inner += tl.where(inside, share * along, 0)
-            shift += along
-        for c_first in range(0, BLOCK_C if ONE_TILE else num_clusters, BLOCK_C):
-            if not ONE_TILE:
-                rows, exists = pairs + c_first + j, c_first + j < num_clusters
-                k, v, bias = _load_summaries(
-                    log_mass, key_mean, value_mean, c, rows, exists, scale, HEAD_DIM, BLOCK_D
-                )
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E) + bias[None, :]
-            p = tl.exp2(s - query_lse[:, None])
-            ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") + shift[:, None])
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-        rows = points - num_key_points
-        store_tokens(grad_query + head * stride_dh, dq * scale, rows, inside, stride_dn, HEAD_DIM, BLOCK_D)
-        tl.store(sorted_lse + own_places + places, query_lse, mask=inside)
-        tl.store(slope + own_places + places, shift, mask=inside)
-    if DIPOLE:
-        tl.store(product + query_row, tl.sum(inner, 0))
-
-
-@triton.jit
-def _summary_backward_kernel(
-    query, grad, sorted_lse, slope, table, set_of_row, order, first, count, centroids,
-    log_mass, key_mean, value_mean, grad_key_mean, grad_value_mean, constant,
-    stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn,
-    num_key_sets, num_key_rows, num_rows, num_key_points, num_points, num_pairs, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Gradients of a tile of the summaries of a centroid."""
-    row, tile, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    queries = tl.load(set_of_row + num_key_rows + row)
-    centroid = head * num_rows + num_key_rows + row
-    begin, many = tl.load(first + centroid), tl.load(count + centroid)
-    num_clusters = set_field(table, queries - num_key_sets, CLUSTERS)
-    if tile * BLOCK_C < num_clusters:
-        num_centroids = set_field(table, queries, CLUSTERS)
-        a = num_key_rows + row - set_field(table, queries, FIRST_ROW)
-        pairs = head * num_pairs + set_field(table, queries, FIRST_PAIR)
-        token_of_point = set_field(table, queries, TARGET) - set_field(table, queries, FIRST_POINT)
-        batch_row = set_field(table, queries, ROW)
-        plane = plane_of(query, batch_row, head, stride_qb, stride_qh)
-        grad_plane = plane_of(grad, batch_row, head, stride_gb, stride_gh)
-        own_order = order + head * num_points + begin
-        own_places = head * (num_points - num_key_points) - num_key_points + begin
-        dims = tl.arange(0, BLOCK_D)
-        c = tl.load(centroids + centroid * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0).to(tl.float32)
-        j = tile * BLOCK_C + tl.arange(0, BLOCK_C)
+        own_c = tl.load(own_centroid + dims, mask=dims < HEAD_DIM, other=0).to(tl.float32)
+        matrix = dipole + (head * (num_rows - num_key_rows) + row) * HEAD_DIM * HEAD_DIM
+        if BLOCK_E == BLOCK_D:
+            m = load_tokens(matrix, dims, dims < HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_D)
+    for tile in range(0, BLOCK_C if ONE_TILE else num_clusters, BLOCK_C):
+        j = tile + tl.arange(0, BLOCK_C)
         exists = j < num_clusters
         rows = pairs + a * num_clusters + j
         k, v, bias = _load_summaries(
@@ -245,8 +210,21 @@ def _summary_backward_kernel(
             tokens = points + token_of_point
             q = gather_tokens(plane, tokens, stride_qn, HEAD_DIM, BLOCK_D)
             do = gather_tokens(grad_plane, tokens, stride_gn, HEAD_DIM, BLOCK_D)
-            query_lse = tl.load(sorted_lse + own_places + places, mask=inside, other=float("inf"))
-            shift = tl.load(slope + own_places + places, mask=inside, other=0)
+            query_lse, query_delta, own_lse = _load_terms(terms, part_lse, tokens, points, BLOCK_Q)
+            query_lse = tl.where(inside, query_lse, float("inf"))
+            shift = -query_delta
+            dq = tl.zeros([BLOCK_D, BLOCK_Q], tl.float32)
+            if DIPOLE:
+                for e in tl.static_range(0, HEAD_DIM, BLOCK_E):  # M do
+                    part = gather_tokens(grad_plane, tokens, stride_gn, HEAD_DIM, BLOCK_E, e)
+                    if BLOCK_E < BLOCK_D:
+                        part_dims = e + tl.arange(0, BLOCK_E)
+                        m = load_tokens(matrix, part_dims, part_dims < HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_D)
+                    dq = tl.dot(tl.trans(m), tl.trans(part), dq, input_precision="ieee")
+                shift += tl.sum(dq * (tl.trans(q).to(tl.float32) - own_c[:, None]), 0) * scale  # do·M δ
+                dq *= tl.exp2(own_lse * LOG2_E - query_lse)[None, :]
+                if tile > 0:  # the first has added it
+                    dq = tl.zeros_like(dq)
             s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2_E) + bias[:, None]
             p = tl.exp2(s - query_lse[None, :])
             ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") + shift[None, :])
@@ -255,13 +233,17 @@ def _summary_backward_kernel(
             dk = tl.dot(ds, q, dk, input_precision="ieee")
             # As a product too, so that what ds in low precision makes of q and of q̄ adds up to δ.
             dmass = tl.dot(ds, ones, dmass, input_precision="ieee")
+            dq = tl.trans(tl.dot(tl.trans(k), ds, dq, input_precision="ieee") * scale)
+            if tile > 0:
+                dq += load_tokens(grad_query, points, inside, stride_dn, HEAD_DIM, BLOCK_D)
+            store_tokens(grad_query, dq, points, inside, stride_dn, HEAD_DIM, BLOCK_D)
         dmass = tl.max(dmass, 1)  # of 16 equal columns
         tl.debug_barrier()  # what follows is loaded again, for registers are scarce in the loop
-        c = tl.load(centroids + centroid * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0).to(tl.float32)
+        own_c = tl.load(own_centroid + dims, mask=dims < HEAD_DIM, other=0).to(tl.float32)
         k = load_tokens(key_mean, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
         v = load_tokens(value_mean, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
         # In the precision in which they are stored, so that what the keys make of them adds up.
-        dk = ((dk - dmass[:, None] * c[None, :]) * scale).to(k.dtype)
+        dk = ((dk - dmass[:, None] * own_c[None, :]) * scale).to(k.dtype)
         dv = dv.to(k.dtype)
         store_tokens(grad_key_mean, dk, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
         store_tokens(grad_value_mean, dv, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
@@ -320,7 +302,7 @@ def refine(
     Args:
         query: (B, H, Q, D).
     """
-    tiles = _tiles(query)
+    tiles, narrow = _tiles(query), _is_narrow(query)
     block_c = min(tiles["BLOCK_Q"], power_of_two(sets.max_clusters))
     sizes = (sets.num_key_sets, sets.num_key_rows, sets.num_rows, sets.num_key_points, sets.num_points)
     launch(
@@ -328,12 +310,13 @@ def refine(
         query, sets.table, sets.set_of_row, *groups, centroids,
         summaries.log_mass, summaries.key_mean, summaries.value_mean, summaries.dipole, output, lse,
         *query.stride()[:3], *output.stride()[:2], *sizes, sets.num_pairs, scale,
-        DIPOLE=summaries.dipole is not None, BLOCK_C=block_c, ONE_TILE=sets.max_clusters <= block_c, **tiles,
+        DIPOLE=summaries.dipole is not None, BLOCK_C=block_c, ONE_TILE=sets.max_clusters <= block_c,
+        **tiles, **(_FORWARD_REGISTERS if narrow else {}),
     )  # fmt: skip
 
 
 def refine_backward(
-    query: torch.Tensor, grad: torch.Tensor, delta: torch.Tensor, lse: torch.Tensor, part_lse: torch.Tensor,
+    query: torch.Tensor, grad: torch.Tensor, terms: torch.Tensor, lse: torch.Tensor, part_lse: torch.Tensor,
     sets: PointSets, groups: Groups, centroids: torch.Tensor, summaries: Summaries, grad_query: torch.Tensor,
     scale: float,
 ) -> SummaryGradients:  # fmt: skip
@@ -341,7 +324,7 @@ def refine_backward(
 
     Args:
         query, grad: (B, H, Q, D), the latter of the merged attention.
-        lse, delta: (H, B * Q) λ and Δ of the merged attention.
+        terms, lse: (H, B * Q, 2) and (H, B * Q), of the merged attention, see `weight_terms`.
         part_lse: (H, query points) λ of this part.
     """
     heads, length = query.shape[1:3]
@@ -351,39 +334,45 @@ def refine_backward(
         torch.empty_like(summaries.value_mean),
         torch.empty_like(summaries.log_mass),
         torch.empty_like(summaries.dipole) if dipole else None,
-        torch.empty_like(summaries.log_total) if dipole else None,
     )
-    tiles = _tiles(query)
+    tiles, narrow = _tiles(query), _is_narrow(query)
     block_c = min(tiles["BLOCK_Q"], power_of_two(sets.max_clusters))
+    one_tile = sets.max_clusters <= block_c
     clusters = (sets.table, sets.set_of_row, *groups, centroids)
     strides = *query.stride()[:3], *grad.stride()[:3]
     rows = (sets.num_key_rows, sets.num_rows, sets.num_key_points, sets.num_points)
-    # A warp for 16 rows of the products: more would do the same work again.
-    warps = block_c // 16 if query.element_size() == 2 else tiles["num_warps"]
-    sorted_lse, slope = torch.empty_like(part_lse), torch.empty_like(part_lse)
+    # What several tiles add up is rounded once.
+    sums = grad_query if one_tile else torch.empty_like(grad_query, dtype=torch.float32)
+    low = query.element_size() == 2
+    backward_tiles = tiles | {
+        "BLOCK_C": block_c,
+        "BLOCK_Q": max(16, block_c // 2),
+        # A warp for 16 rows of the summaries: more would do the same work again.
+        "num_warps": max(block_c // 16, 1 if narrow else 4) if low else tiles["num_warps"],
+        "num_stages": 2 if narrow or (low and has_much_shared_memory(query)) else 1,
+    }
     launch(
-        _query_backward_kernel, (sets.num_query_rows, heads),
-        query, grad, part_lse, lse, delta, *clusters, summaries.log_mass, summaries.key_mean,
-        summaries.value_mean, summaries.dipole, grad_query, sorted_lse, slope, grads.product,
-        *strides, *grad_query.stride()[:2], sets.num_key_sets, *rows, sets.num_pairs,
-        length, lse.shape[1], scale, DIPOLE=dipole, BLOCK_C=block_c, ONE_TILE=sets.max_clusters <= block_c,
-        **tiles, **_FEW_REGISTERS[tiles["BLOCK_D"] <= 64],
+        _backward_kernel, (sets.num_query_rows, heads),
+        query, grad, terms, part_lse, *clusters, *summaries[:3], summaries.dipole,
+        sums, grads.key_mean, grads.value_mean, grads.constant,
+        *strides, *sums.stride()[:2], sets.num_key_sets, *rows, sets.num_pairs,
+        length, lse.shape[1], scale, DIPOLE=dipole, ONE_TILE=one_tile,
+        **backward_tiles, **(_BACKWARD_REGISTERS if narrow else {}),
     )  # fmt: skip
-    launch(
-        _summary_backward_kernel, (sets.num_query_rows, ceil_div(sets.max_clusters, block_c), heads),
-        query, grad, sorted_lse, slope, *clusters, *summaries[:3],
-        grads.key_mean, grads.value_mean, grads.constant, *strides, sets.num_key_sets, *rows, sets.num_pairs,
-        scale, HEAD_DIM=tiles["HEAD_DIM"], BLOCK_D=tiles["BLOCK_D"], BLOCK_C=block_c,
-        BLOCK_Q=min(32, block_c), num_warps=warps, num_stages=2, **_FEW_REGISTERS[tiles["BLOCK_D"] <= 64],
-    )  # fmt: skip
+    if not one_tile:
+        grad_query.copy_(sums)
     if dipole:
-        block_e = min(2 * tiles["BLOCK_E"], tiles["BLOCK_D"])
+        parts = ceil_div(tiles["HEAD_DIM"], tiles["BLOCK_E"])
         launch(
-            _dipole_backward_kernel, (sets.num_query_rows, ceil_div(tiles["HEAD_DIM"], block_e), heads),
+            _dipole_backward_kernel, (sets.num_query_rows, parts, heads),
             query, grad, part_lse, lse, *clusters, grads.dipole, *strides, *rows, length, lse.shape[1], scale,
-            **{**tiles, "BLOCK_E": block_e, "num_warps": 4 if tiles["BLOCK_D"] <= 64 else 8},
+            **{**tiles, "num_warps": 4 if tiles["BLOCK_D"] <= 64 else 8},
         )  # fmt: skip
     return grads
+
+
+def _is_narrow(query: torch.Tensor) -> bool:
+    return query.shape[3] <= 64 and query.element_size() == 2
 
 
 def _tiles(query: torch.Tensor) -> dict[str, int]:
@@ -391,13 +380,14 @@ def _tiles(query: torch.Tensor) -> dict[str, int]:
     block_d = power_of_two(head_dim)
     row_bytes = block_d * query.element_size()
     rows = min(_TILE, max(16, (1 << 14) // row_bytes))
+    dims = max(16, (1 << 15) // row_bytes)
     if row_bytes > 128 and not has_much_shared_memory(query):
-        rows = min(rows, 32)
+        rows, dims = min(rows, 32), min(dims, 32)
     return {
         "HEAD_DIM": head_dim,
         "BLOCK_D": block_d,
         "BLOCK_Q": rows,
-        "BLOCK_E": min(64, rows, block_d),
+        "BLOCK_E": min(dims, block_d),
         "num_warps": 4 if row_bytes <= 256 else 8,
         "num_stages": 2,
     }

@@ -4,7 +4,14 @@ from functools import partial
 
 import pytest
 import torch
-from muse_hf.kernels import kmeans, point_sets, tilted_attention, tilted_refinement, tilted_summaries
+from muse_hf.kernels import (
+    kmeans,
+    point_sets,
+    tilted_attention,
+    tilted_dipole,
+    tilted_refinement,
+    tilted_summaries,
+)
 from torch.utils.checkpoint import checkpoint
 
 from muse_hf import MuseConfig, Segments, muse_attention
@@ -55,6 +62,7 @@ def test_many_clusters_and_tokens_are_worked_through_in_parts(monkeypatch):
     for module, name in (
         (kmeans, "_LARGEST_TILE"),
         (tilted_summaries, "_TILE"),
+        (tilted_dipole, "_TILE"),
         (tilted_refinement, "_TILE"),
     ):
         monkeypatch.setattr(module, name, 16)

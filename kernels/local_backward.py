@@ -52,7 +52,7 @@ def _add_parts(
     """Adds to the gradients of tokens of a block what lies in their parts (H, points, D), if any."""
     if parts is not None:
         plane = parts + head * num_points * HEAD_DIM
-        for i in range(tl.load(bounds + block), tl.load(bounds + block + 1)):
+        for i in tl.range(tl.load(bounds + block), tl.load(bounds + block + 1), num_stages=3):
             x = load_tokens(plane, tl.load(point + i) + places, inside, HEAD_DIM, HEAD_DIM, BLOCK_D)
             total += x.to(tl.float32)
     return total

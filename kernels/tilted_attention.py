@@ -209,7 +209,7 @@ def backward(
         rows = [t.new_empty(t.shape[1], points, t.shape[3]) for t, points in zip(tensors, num_points)]
     _, terms = weight_terms(output, grad, lse)
     summary_grads = refine_backward(
-        query, grad, terms, lse, part_lse, sets, groups, centroids, summaries, rows[0], scale
+        query, grad, terms, part_lse, sets, groups, centroids, summaries, rows[0], scale
     )
     summaries_backward(key, value, sets, members, held, centroids, scale, summaries, summary_grads, *rows[1:])
     if levels is None:

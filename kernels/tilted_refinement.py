@@ -6,7 +6,7 @@ One program goes through the queries of one centroid and head. Products are with
 to do with them is taken away once a program, in float32: δ is never formed. Backward is fed with the merged
 logsumexp and Δ = do·o of the merged output, so that Σ_j p_qj = exp(λ_part - λ) is the share of the summaries
 in the whole attention, and dℓ = p (do·value - Δ). It gives the gradients of the queries and, kept in
-registers, those of all summaries of a.
+registers, those of a tile of summaries of a.
 """
 
 import torch
@@ -253,7 +253,7 @@ def _backward_kernel(
 
 @triton.jit
 def _dipole_backward_kernel(
-    query, grad, part_lse, lse, table, set_of_row, order, first, count, centroids, grad_dipole,
+    query, grad, terms, part_lse, table, set_of_row, order, first, count, centroids, grad_dipole,
     stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn,
     num_key_rows, num_rows, num_key_points, num_points, length, num_tokens, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -267,8 +267,8 @@ def _dipole_backward_kernel(
     batch_row = set_field(table, queries, ROW)
     plane = plane_of(query, batch_row, head, stride_qb, stride_qh)
     grad_plane = plane_of(grad, batch_row, head, stride_gb, stride_gh)
-    lse += head * num_tokens + batch_row.to(tl.int64) * length
-    part_lse += head * (num_points - num_key_points)
+    terms += (head * num_tokens + batch_row.to(tl.int64) * length) * 2
+    part_lse += head * (num_points - num_key_points) - num_key_points
     own_order = order + head * num_points + begin
     dims = tl.arange(0, BLOCK_D)
     product = tl.zeros([BLOCK_E, BLOCK_D], tl.float32)
@@ -281,8 +281,8 @@ def _dipole_backward_kernel(
         tokens = points + token_of_point
         q = gather_tokens(plane, tokens, stride_qn, HEAD_DIM, BLOCK_D)
         do = gather_tokens(grad_plane, tokens, stride_gn, HEAD_DIM, BLOCK_E, part * BLOCK_E)
-        share = tl.load(part_lse + points - num_key_points, mask=inside, other=-float("inf"))
-        share = tl.exp2((share - tl.load(lse + tokens)) * LOG2_E)
+        query_lse, _, own_lse = _load_terms(terms, part_lse, tokens, points, BLOCK_Q)
+        share = tl.where(inside, tl.exp2(own_lse * LOG2_E - query_lse), 0)
         pull = tl.trans((do.to(tl.float32) * share[:, None]).to(q.dtype))
         product = tl.dot(pull, q, product, input_precision="ieee")
         total = tl.dot(pull, ones, total, input_precision="ieee")
@@ -316,15 +316,15 @@ def refine(
 
 
 def refine_backward(
-    query: torch.Tensor, grad: torch.Tensor, terms: torch.Tensor, lse: torch.Tensor, part_lse: torch.Tensor,
-    sets: PointSets, groups: Groups, centroids: torch.Tensor, summaries: Summaries, grad_query: torch.Tensor,
+    query: torch.Tensor, grad: torch.Tensor, terms: torch.Tensor, part_lse: torch.Tensor, sets: PointSets,
+    groups: Groups, centroids: torch.Tensor, summaries: Summaries, grad_query: torch.Tensor,
     scale: float,
 ) -> SummaryGradients:  # fmt: skip
     """Write the gradients of the queries to their points (H, points, D), any strides; those of summaries.
 
     Args:
         query, grad: (B, H, Q, D), the latter of the merged attention.
-        terms, lse: (H, B * Q, 2) and (H, B * Q), of the merged attention, see `weight_terms`.
+        terms: (H, B * Q, 2) λ log2 e and Δ of the merged attention, see `weight_terms`.
         part_lse: (H, query points) λ of this part.
     """
     heads, length = query.shape[1:3]
@@ -356,7 +356,7 @@ def refine_backward(
         query, grad, terms, part_lse, *clusters, *summaries[:3], summaries.dipole,
         sums, grads.key_mean, grads.value_mean, grads.constant,
         *strides, *sums.stride()[:2], sets.num_key_sets, *rows, sets.num_pairs,
-        length, lse.shape[1], scale, DIPOLE=dipole, ONE_TILE=one_tile,
+        length, terms.shape[1], scale, DIPOLE=dipole, ONE_TILE=one_tile,
         **backward_tiles, **(_BACKWARD_REGISTERS if narrow else {}),
     )  # fmt: skip
     if not one_tile:
@@ -365,8 +365,10 @@ def refine_backward(
         parts = ceil_div(tiles["HEAD_DIM"], tiles["BLOCK_E"])
         launch(
             _dipole_backward_kernel, (sets.num_query_rows, parts, heads),
-            query, grad, part_lse, lse, *clusters, grads.dipole, *strides, *rows, length, lse.shape[1], scale,
+            query, grad, terms, part_lse, *clusters, grads.dipole, *strides, *rows, length, terms.shape[1],
+            scale,
             **{**tiles, "num_warps": 4 if tiles["BLOCK_D"] <= 64 else 8},
+            **({"maxnreg": 96 if narrow else 128} if low else {}),
         )  # fmt: skip
     return grads
 

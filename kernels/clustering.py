@@ -1,13 +1,12 @@
 """Clusters of the key blocks of the default setting: their members, means and masses."""
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from muse_hf.kernels.capacity import members_with_capacity
-from muse_hf.kernels.common import load_tokens, plane_of, power_of_two
+from muse_hf.kernels.common import kept_on_device, load_tokens, plane_of, power_of_two
 from muse_hf.kernels.kmeans import kmeans, sort_by_cluster
 from muse_hf.kernels.launch import launch
 from muse_hf.kernels.point_sets import (
@@ -124,7 +123,7 @@ def cluster_keys(
     return Clusters(members, count, log_mass, key_mean, value_mean, key_variance)
 
 
-@lru_cache(maxsize=32)
+@kept_on_device
 def _key_sets(
     key_start: tuple[int, ...], length: int, size: int, num_clusters: int, capacity: int, device: torch.device
 ) -> PointSets:

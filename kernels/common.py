@@ -1,13 +1,14 @@
 """Primitives that several kernels share."""
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-
 
 # What a device can do does not change, and PyTorch takes microseconds to say it.
 _device_capability = lru_cache(torch.cuda.get_device_capability)
@@ -16,6 +17,27 @@ _device_capability = lru_cache(torch.cuda.get_device_capability)
 def shared_memory_of(device: torch.device) -> int:
     """Bytes of shared memory that a program may use."""
     return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - 1024
+
+
+# What CUDA graphs were captured with.
+_captured: list[Any] = []
+
+
+def kept_on_device(build: Callable) -> Callable:
+    """Cache what lies on a device and follows from the shapes of a batch: layers share it.
+
+    A CUDA graph holds the addresses of what it was captured with, so that this is never given up.
+    """
+    cached = lru_cache(maxsize=32)(build)
+
+    @wraps(build)
+    def get(*args: Any, **kwargs: Any) -> Any:
+        built = cached(*args, **kwargs)
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            _captured.append(built)
+        return built
+
+    return get
 
 
 def has_much_shared_memory(tensor: torch.Tensor) -> bool:

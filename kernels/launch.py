@@ -18,6 +18,7 @@ def launch(kernel: JITFunction, grid: tuple[int, ...], *args: Any, **constants: 
         args: Tensors (the first argument is one), None and numbers.
         constants: All constexpr parameters, and options of the launch.
     """
+    constants.setdefault("enable_fp_fusion", True)  # Triton's default from 3.10 on is another one
     device = args[0].get_device()
     kinds, values = [id(kernel), device, *constants.values()], []
     for arg in args:

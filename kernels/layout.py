@@ -10,11 +10,11 @@ Token ids count over the whole batch: token t of row b is b * N + t.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+from muse_hf.kernels.common import kept_on_device
 from muse_hf.kernels.summaries import TILE
 
 
@@ -72,7 +72,7 @@ def count_clusters(sequences: Sequence[int], block: int, clusters_per_block: int
     return sum(key_blocks) * clusters_per_block, max(key_blocks) * clusters_per_block
 
 
-@lru_cache(maxsize=32)
+@kept_on_device
 def layout_of(
     sequences: tuple[int, ...],
     num_tokens: int,

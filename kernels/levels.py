@@ -7,12 +7,11 @@ queries and keys. The parts of a token are added to its exact local attention in
 
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
 import triton.language as tl
-from muse_hf.kernels.common import load_tokens, plane_of, power_of_two, store_tokens
+from muse_hf.kernels.common import kept_on_device, load_tokens, plane_of, power_of_two, store_tokens
 from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.layout import Layout, layout_of
 from muse_hf.kernels.local_backward import Parts
@@ -69,7 +68,7 @@ def dyadic_sets(
     return keys, queries
 
 
-@lru_cache(maxsize=32)
+@kept_on_device
 def dyadic_levels(
     sequences: tuple[int, ...], num_tokens: int, length: int, block: int, clusters: tuple[int, ...],
     capacities: tuple[int, ...], own: bool, device: torch.device,

@@ -5,7 +5,6 @@ cluster, so that one program holds the keys of a cluster and streams the queries
 its own partial output; partial outputs are merged per query in a fixed order.
 """
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from muse_hf.kernels.clustering import Clusters
 from muse_hf.kernels.common import (
     LOG2_E,
     choose_launch,
+    kept_on_device,
     load_rows,
     power_of_two,
     row_offsets,
@@ -56,10 +56,10 @@ def sort_items(choice: torch.Tensor, num_clusters: int) -> Items:
     return Items(order.to(torch.int32), bounds)
 
 
-@lru_cache(maxsize=32)
+@kept_on_device
 def _cluster_numbers(heads: int, many: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """0, 1, ... for each head: a constant that is only read."""
-    return torch.arange(many, dtype=dtype, device=device).repeat(heads, 1)
+    return torch.arange(many, dtype=dtype).repeat(heads, 1).to(device)
 
 
 @triton.jit

@@ -5,11 +5,11 @@ and exact local attention is joined with them.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import chain
 
 import torch
 from muse_hf.kernels.capacity import members_with_capacity
+from muse_hf.kernels.common import kept_on_device
 from muse_hf.kernels.kmeans import Groups, kmeans, sort_by_cluster
 from muse_hf.kernels.levels import Levels, dyadic_levels, dyadic_sets, merge_levels, num_levels
 from muse_hf.kernels.local import local_forward
@@ -85,7 +85,7 @@ def acausal_sets(
     return keys, queries
 
 
-@lru_cache(maxsize=32)
+@kept_on_device
 def _acausal_point_sets(*arguments, device: torch.device) -> PointSets:
     return point_sets(*acausal_sets(*arguments), device)
 

@@ -107,9 +107,9 @@ def _key_backward_kernel(
         )  # fmt: skip
     k_start, v_start = tl.zeros([BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
     if DIPOLE:
-        matrix = grad_covariance + (kv_head * GROUP_HEADS * num_key_rows + row) * HEAD_DIM * HEAD_DIM
+        matrix = kv_head * GROUP_HEADS * num_key_rows + row
         for i in range(GROUP_HEADS):
-            own = matrix + i * num_key_rows * HEAD_DIM * HEAD_DIM
+            own = grad_covariance + (matrix + i * num_key_rows) * HEAD_DIM * HEAD_DIM
             for e in tl.static_range(0, HEAD_DIM, BLOCK_E):
                 part_dims = e + tl.arange(0, BLOCK_E)
                 exists = part_dims < HEAD_DIM
@@ -122,7 +122,8 @@ def _key_backward_kernel(
                 mean = _precise_columns(mean, rows.dtype)
                 k_start -= tl.sum(tl.dot(tl.trans(rows), mean, input_precision="ieee"), 1)
         if SINGLE and BLOCK_E == BLOCK_D:
-            whole = load_tokens(matrix, dims, dims < HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_D)
+            own = grad_covariance + matrix * HEAD_DIM * HEAD_DIM
+            whole = load_tokens(own, dims, dims < HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_D)
     for first_member in range(0, many, BLOCK_M):
         filled = first_member + lane < many
         points = tl.load(slots + first_member + lane, mask=filled, other=0)
@@ -153,7 +154,7 @@ def _key_backward_kernel(
                 dv = tl.dot(k, tl.trans(whole), dv, input_precision="ieee")
             else:
                 for i in range(GROUP_HEADS):
-                    own = matrix + i * num_key_rows * HEAD_DIM * HEAD_DIM
+                    own = grad_covariance + (matrix + i * num_key_rows) * HEAD_DIM * HEAD_DIM
                     for e in range(0, HEAD_DIM, BLOCK_E):
                         x = load_tokens(keys, points, filled, stride_kn, HEAD_DIM, BLOCK_E, e)
                         columns = load_tokens(own, dims, dims < HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_E, e)

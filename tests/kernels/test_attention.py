@@ -51,8 +51,8 @@ def test_kernels_compute_what_the_reference_does(shape, changes):
 
 
 def test_strided_inputs():
-    """Views of one tensor that holds query, key and value side by side, as in GPT-2."""
-    fused = torch.randn(2, 40, 3, 1, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    """Views of one tensor that holds query, key and value side by side, as in GPT-2; and head by head."""
+    fused = torch.randn(2, 40, 3, 2, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     views = [fused[:, :, i].transpose(1, 2) for i in range(3)]
     tensors = [*views, views[0].flip(0)]
     copies = [tensor.contiguous() for tensor in tensors]

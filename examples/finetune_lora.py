@@ -32,7 +32,7 @@ leaves those of GPT-2 at their random start before Transformers 5.6.)
 import dataclasses
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +40,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, set_seed, tqdm
 from command_line import UsageError, exit_code, make_parser, next_free, option, parse
+from corpus import Corpus, read_files, text_files
 from finetune_data import Example, TaskArguments, task_examples, text_examples
 from peft import LoraConfig, get_peft_model
 from plugin import muse_hf
@@ -70,7 +71,14 @@ class FinetuneArguments:
     full: bool = option(False, "Train all weights instead of adapters.")
     mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "Precision of the forward pass.")
     gradient_checkpointing: bool = option(False, "Less memory, more time.")
-    test_windows: int = option(4, "Windows of held-out text on which the loss is measured.")
+    test_text: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Files and folders on which the loss is measured, none of them trained on. Left out: the "
+            "held-out documents, one in 20 of the text."
+        },
+    )
+    test_windows: int = option(4, "Windows of test text on which the loss is measured.")
     seed: int = option(0, "Seed of the adapters and of the order of the batches.")
     output_dir: str | None = option(
         None, "New folder for the results. Left out: runs/finetune, or the next free name."
@@ -90,9 +98,13 @@ def parse_arguments(
         (PretrainedArguments, TextArguments, TaskArguments, FinetuneArguments), "finetune_lora.py", __doc__
     )
     pretrained, texts, task, arguments = parse(parser, argv)
-    sources = (texts.text, texts.dataset_name, task.task_file, task.task_dataset)
+    sources = (texts.text or texts.packages, texts.dataset_name, task.task_file, task.task_dataset)
     if sum(source is not None for source in sources) > 1:
-        raise UsageError("give one of --text, --dataset_name, --task_file and --task_dataset.")
+        raise UsageError(
+            "give one of --text (or --packages), --dataset_name, --task_file and --task_dataset."
+        )
+    if arguments.test_text and (task.task_file or task.task_dataset):
+        raise UsageError("--test_text is for text; a task has test rows of its own.")
     for name in ("length", "steps", "gradient_accumulation_steps", "rank", "test_windows"):
         if getattr(arguments, name) < (smallest := 16 if name == "length" else 1):
             raise UsageError(f"--{name} must be at least {smallest}.")
@@ -123,8 +135,11 @@ def finetune(
         train, test = task_examples(task, tokenizer, arguments.length, needed)
     else:
         train, test = (
-            text_examples(text_rows(corpus.texts(held_out), tokenizer, arguments.length, count, needed=1))
-            for held_out, count in ((False, needed), (True, arguments.test_windows))
+            text_examples(text_rows(part, tokenizer, arguments.length, count, needed=1))
+            for part, count in (
+                (corpus.texts(held_out=False), needed),
+                (test_texts(arguments.test_text, corpus), arguments.test_windows),
+            )
         )
     calibration = torch.cat([example.input_ids for example in train])[None, : arguments.length]
     policy = muse_policy(pretrained, model, calibration)
@@ -153,6 +168,13 @@ def finetune(
         print(f"\nadapted models: {folder / 'exact'}, {folder / 'muse'}")
 
 
+def test_texts(paths: list[str] | None, corpus: Corpus) -> Iterator[str]:
+    """The texts on which the loss is measured: those of the paths, else the held-out ones."""
+    if paths is None:
+        return corpus.texts(held_out=True)
+    return (document["text"] for document in read_files([str(file) for file in text_files(paths, "*")]))
+
+
 def adapt(
     arguments: FinetuneArguments,
     accelerator: Accelerator,
@@ -176,7 +198,7 @@ def adapt(
         transformers_model(model).gradient_checkpointing_enable({"use_reentrant": False})
     rate = arguments.learning_rate or (2e-5 if arguments.full else 2e-4)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=accelerator.device.type == "cuda")
     scheduler = get_cosine_schedule_with_warmup(optimizer, arguments.steps // 10, arguments.steps)
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
 

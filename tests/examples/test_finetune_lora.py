@@ -102,6 +102,19 @@ def test_all_weights_and_a_task(folder, tmp_path, capsys):
     assert not torch.allclose(output_of(model, tokens(8)), output_of(base, tokens(8)), atol=0.1)
 
 
+def test_the_loss_is_of_the_test_text_if_one_is_named(folder, tmp_path):
+    """Text unlike the training text: learning the one says nothing of the other."""
+    for name, text in (("like", "What is said is said again. " * 40), ("unlike", "0123456789" * 120)):
+        (tmp_path / f"{name}.txt").write_text(text)
+        where = ["--text", folder / "text", "--test_text", tmp_path / f"{name}.txt"]
+        assert run(folder, *where, "--output_dir", tmp_path / name, *TINY, *MUSE) == 0
+    like, unlike = (
+        json.loads((tmp_path / name / "results.json").read_text())["results"]["exact"]["after"]["loss"]
+        for name in ("like", "unlike")
+    )
+    assert like < unlike - 1, f"loss of text like the training text {like:.2f}, of other text {unlike:.2f}"
+
+
 def test_only_answers_have_labels(folder):
     arguments = TaskArguments(
         task_file=str(folder / "task.jsonl"), prompt="{passage}. ", answer="{labels[text]}", test_rows=3
@@ -130,6 +143,8 @@ def test_auto_is_calibrated_on_what_is_trained_on(folder, tmp_path, capsys):
         (["--task_file", "{}/text/00.txt"], "line 1 of"),
         (["--task_file", "{}/task.jsonl"], "a row has no 'prompt'; its fields are ['labels', 'passage']"),
         (["--task_file", "{}/task.jsonl", "--text", "{}/text"], "give one of"),
+        (["--task_file", "{}/task.jsonl", "--packages", "torch"], "give one of"),
+        (["--task_file", "{}/task.jsonl", "--test_text", "{}/text"], "--test_text is for text"),
         (
             ["--text", "{}/text", "--length", 100000],
             "the text fills 0 rows of 100000 tokens",

@@ -81,9 +81,9 @@ def table(results: Mapping[str, Result]) -> list[dict[str, Any]]:
             exact = baseline["held_out_losses"]
             row["loss_change"], row["standard_error"] = relative(result["held_out_losses"], exact)
             if "exact_attention_losses" in result:
-                row["loss_change_under_exact_attention"] = relative(result["exact_attention_losses"], exact)[
-                    0
-                ]
+                change, error = relative(result["exact_attention_losses"], exact)
+                row["loss_change_under_exact_attention"] = change
+                row["standard_error_under_exact_attention"] = error
             row["time_change"] = result["seconds_per_step"] / baseline["seconds_per_step"] - 1
         rows.append(row)
     return rows
@@ -101,17 +101,20 @@ COLUMNS = {
     "attention": lambda row: row["name"],
     "tokens": lambda row: f"{row['tokens']:,}",
     "held-out loss": lambda row: f"{row['held_out_loss']:.4f}",
-    "against exact": lambda row: _change(row, "loss_change", row.get("standard_error")),
-    "evaluated exactly": lambda row: _change(row, "loss_change_under_exact_attention"),
+    "against exact": lambda row: _change(row, "loss_change", "standard_error"),
+    "evaluated exactly": lambda row: _change(
+        row, "loss_change_under_exact_attention", "standard_error_under_exact_attention"
+    ),
     "s/step": lambda row: f"{row['seconds_per_step']:.4f}",
     "time": lambda row: f"{row['time_change']:+.1%}" if "time_change" in row else "",
     "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
 }
 
 
-def _change(row: Mapping[str, Any], name: str, error: float | None = None) -> str:
+def _change(row: Mapping[str, Any], name: str, error_name: str) -> str:
     if name not in row:
         return ""
+    error = row[error_name]
     return f"{row[name]:+.2%}" + (f" ± {100 * error:.2f}" if error is not None else "")
 
 

@@ -81,7 +81,7 @@ def test_runs_made_apart_compare_as_one_run_does(three, apart, tmp_path, capsys)
     printed = capsys.readouterr().out
     one, several = published(three / "summary.json"), published(output.with_suffix(".json"))
     for whole, part in zip(one["table"], several["table"], strict=True):
-        for name in ("name", "tokens", "held_out_loss", "loss_change", "standard_error"):
+        for name in set(part) - {"seconds_per_step", "tokens_per_second", "time_change"}:
             assert part.get(name) == whole.get(name), name
     assert table_text(several["table"]) in printed
     assert output.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
@@ -126,6 +126,13 @@ def test_a_relative_loss_has_the_error_of_its_mean():
     assert change == pytest.approx(0.02)
     assert error == pytest.approx(0.01)
     assert relative([2.02], [2.0])[1] is None
+
+
+def test_both_evaluations_of_a_muse_model_have_an_error(three):
+    for row in published(three / "summary.json")["table"][1:]:
+        for name in ("standard_error", "standard_error_under_exact_attention"):
+            assert 0 < row[name] < 0.1, f"{row['name']}: {name}"
+        assert table_text([row]).count("±") == 2
 
 
 def test_the_time_of_a_step_is_the_median_without_warm_up():

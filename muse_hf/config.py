@@ -36,7 +36,7 @@ class MuseConfig:
     Attributes:
         num_clusters: Clusters per key block, whatever its length. Exclusive with `cluster_size`.
         cluster_size: Mean number of keys in a cluster; a block of s keys gets ceil(s / cluster_size)
-            clusters. 40 when neither field is given.
+            clusters. 40 when neither field is given. Tilted summaries cost the square of their number.
         num_retrieved: Clusters that each query attends to exactly, those of largest logit to second order
             among all the summaries it sees. 0 turns retrieval off; more cost time and reduce the error.
         local_block: Tokens in a block of exact causal attention, and in the smallest far block. Sequences
@@ -218,6 +218,8 @@ class MuseConfig:
                 self._refuse(field, f"must be at most local_block={self.local_block}, the smallest far block")
         if self.multipole == "dipole" and self.summaries == "plain":
             self._refuse("multipole", 'needs summaries="tilted": the dipole corrects a tilted expansion')
+        if self.summaries == "plain" and self.query_centroids == "own":
+            self._refuse("query_centroids", 'needs summaries="tilted": plain ones have no query centroids')
         if self.summaries == "tilted" and self.query_centroids == "own" and self.hierarchy == "flat":
             self._refuse("query_centroids", 'needs hierarchy="dyadic", where a far block has one query block')
 

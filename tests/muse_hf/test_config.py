@@ -24,6 +24,7 @@ from muse_hf import MuseConfig
         ({"num_clusters": 65, "local_block": 64}, r"num_clusters=65: must be at most local_block=64"),
         ({"cluster_size": 65, "local_block": 64}, r"cluster_size=65: must be at most local_block=64"),
         ({"multipole": "dipole"}, r"multipole='dipole': needs summaries=\"tilted\""),
+        ({"query_centroids": "own"}, r"query_centroids='own': needs summaries=\"tilted\""),
         (
             {"summaries": "tilted", "query_centroids": "own"},
             r"query_centroids='own': needs hierarchy=\"dyadic\"",

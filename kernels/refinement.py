@@ -30,40 +30,81 @@ def _score_of(half_square, spread, s):
 
 
 @triton.jit
+def _tile(
+    q, half_square, threshold, top, k_at, spread_at, mass_at, j, seen, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_J: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Weights of a tile of clusters relative to 2^top, and which of them reach the threshold."""
+    exists = j + tl.arange(0, BLOCK_J) < seen
+    k = load_summaries(k_at + j * HEAD_DIM, exists, HEAD_DIM, BLOCK_D)
+    s = summary_logits(q, k, mass_at + j, exists, scale)
+    p = tl.exp2(s * LOG2_E - top[:, None])
+    taken = s >= float("inf")
+    if WORDS > 0:
+        spread = load_summaries(spread_at + j * HEAD_DIM, exists, HEAD_DIM, BLOCK_D)
+        taken = _score_of(half_square, spread, s) >= threshold[:, None]
+    return p, taken
+
+
+@triton.jit
 def _sum_kept(
-    q, half_square, threshold, o, total, top, k_at, v_at, spread_at, mass_at, chosen_at, inside, seen,
-    num_retrieved, scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_J: tl.constexpr,
-    WORDS: tl.constexpr, FIRST_ONLY: tl.constexpr,
+    q, half_square, threshold, o, total, top, k_at, v_at, spread_at, mass_at, chosen_at, inside, seen, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_J: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """Add all clusters below the threshold to the local part, and write down those that reach it.
 
     Args:
         o, total: Numerator (BLOCK_Q, BLOCK_D) and denominator of the local part, relative to 2^top.
-        FIRST_ONLY: Take only the first `num_retrieved` of the clusters that reach the threshold.
 
     Returns:
-        Numerator, denominator, and how many clusters are missing to `num_retrieved`.
+        Numerator, denominator, and how many clusters reach the threshold.
     """
     place = tl.arange(0, BLOCK_J)
     bit = tl.full([BLOCK_J], 1, tl.int32) << place
-    room = tl.zeros(top.shape, tl.int32) + num_retrieved
+    found = tl.zeros(top.shape, tl.int32)
     for j in range(0, seen, BLOCK_J):
-        k = load_summaries(k_at + j * HEAD_DIM, j + place < seen, HEAD_DIM, BLOCK_D)
-        s = summary_logits(q, k, mass_at + j, j + place < seen, scale)
-        p = tl.exp2(s * LOG2_E - top[:, None])
+        p, taken = _tile(
+            q, half_square, threshold, top, k_at, spread_at, mass_at, j, seen, scale,
+            HEAD_DIM, BLOCK_D, BLOCK_J, WORDS,
+        )  # fmt: skip
         if WORDS > 0:
-            spread = load_summaries(spread_at + j * HEAD_DIM, j + place < seen, HEAD_DIM, BLOCK_D)
-            taken = _score_of(half_square, spread, s) >= threshold[:, None]
-            if FIRST_ONLY:
-                taken = take_first(taken, room)
             word = tl.sum(tl.where(taken, bit[None, :], 0), 1)
             tl.store(chosen_at + j // 32, word, mask=inside)
-            room -= number_of_bits(word)
+            found += number_of_bits(word)
             p = tl.where(taken, 0, p)
         v = load_summaries(v_at + j * HEAD_DIM, j + place < seen, HEAD_DIM, BLOCK_D)
         o = tl.dot(p.to(v.dtype), v, o, input_precision="ieee")
         total += tl.sum(p, 1)
-    return o, total, room
+    return o, total, found
+
+
+@triton.jit
+def _sum_surplus(
+    q, half_square, threshold, o, total, top, k_at, v_at, spread_at, mass_at, chosen_at, inside, seen, scale,
+    surplus, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_J: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """Add the last clusters that reach the threshold after all, where there is a surplus of them.
+
+    Backwards from the last tile, and no further than to the last cluster that is to be retrieved.
+    """
+    place = tl.arange(0, BLOCK_J)
+    bit = tl.full([BLOCK_J], 1, tl.int32) << place
+    j = (seen - 1) // BLOCK_J * BLOCK_J
+    while (j >= 0) & (tl.max(surplus, 0) > 0):
+        p, taken = _tile(
+            q, half_square, threshold, top, k_at, spread_at, mass_at, j, seen, scale,
+            HEAD_DIM, BLOCK_D, BLOCK_J, WORDS,
+        )  # fmt: skip
+        many = tl.sum(taken.to(tl.int32), 1)
+        first = take_first(taken, many - surplus)
+        tl.store(chosen_at + j // 32, tl.sum(tl.where(first, bit[None, :], 0), 1), mask=inside)
+        p = tl.where(taken & ~first, p, 0)
+        v = load_summaries(v_at + j * HEAD_DIM, j + place < seen, HEAD_DIM, BLOCK_D)
+        o = tl.dot(p.to(v.dtype), v, o, input_precision="ieee")
+        total += tl.sum(p, 1)
+        surplus = tl.maximum(surplus - many, 0)
+        j -= BLOCK_J
+    return o, total
 
 
 @triton.jit
@@ -114,16 +155,14 @@ def _forward_kernel(
             local, tokens, inside, head, stride_lb, stride_lh, stride_ln, length, HEAD_DIM, BLOCK_D
         ).to(tl.float32)
         chosen_at = chosen + row * WORDS
-        o, total, room = _sum_kept(
+        o, total, found = _sum_kept(
             q, half_square, threshold, local_o * local_total[:, None], local_total, top, k_at, v_at,
-            spread_at, mass_at, chosen_at, inside, seen, num_retrieved, scale, HEAD_DIM, BLOCK_D, BLOCK_J,
-            WORDS, False,
+            spread_at, mass_at, chosen_at, inside, seen, scale, HEAD_DIM, BLOCK_D, BLOCK_J, WORDS,
         )  # fmt: skip
-        if tl.min(room, 0) < 0:
-            o, total, room = _sum_kept(
-                q, half_square, threshold, local_o * local_total[:, None], local_total, top, k_at, v_at,
-                spread_at, mass_at, chosen_at, inside, seen, num_retrieved, scale, HEAD_DIM, BLOCK_D, BLOCK_J,
-                WORDS, True,
+        if WORDS > 0:
+            o, total = _sum_surplus(
+                q, half_square, threshold, o, total, top, k_at, v_at, spread_at, mass_at, chosen_at, inside,
+                seen, scale, tl.maximum(found - num_retrieved, 0), HEAD_DIM, BLOCK_D, BLOCK_J, WORDS,
             )  # fmt: skip
         # Nothing is left of the sum where clusters that are to be retrieved have nearly all the mass.
         total = tl.maximum(total, 1e-37)

@@ -14,7 +14,9 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
-from muse_hf.kernels.common import kept_on_device
+import triton
+import triton.language as tl
+from muse_hf.kernels.common import kept_on_device, plane_of
 from muse_hf.kernels.summaries import TILE
 
 
@@ -119,3 +121,50 @@ def layout_of(
         even=all(end - start == block for start, end in pairwise(bounds)) and outside is None,
         max_seen=max(seen for *_, seen in blocks),
     )
+
+
+@triton.jit
+def tile_of_block(block_start, block_length, num_tiles, num_heads, num_blocks, length):
+    """What a program of a one-dimensional grid works on: a tile of a block of a head.
+
+    The first tiles of blocks come before the second ones, so that programs that take long, if theirs is the
+    first tile, are not left to the end. Not for all blocks at once: the keys and values of 16 blocks of 2048
+    tokens, 8 MB for 64 dimensions of 16 bits, stay in the L2 cache meanwhile.
+
+    Returns:
+        The number of the tile, the head (int64), the number of the block, how many tokens it has, and the
+        row and the place in it of its first token.
+    """
+    program, num_pairs = tl.program_id(0), num_heads * num_blocks
+    first = program // (16 * num_tiles) * 16
+    together = tl.minimum(16, num_pairs - first)
+    program -= first * num_tiles
+    pair = first + program % together
+    block = pair // num_heads
+    start = tl.load(block_start + block)
+    many = tl.load(block_length + block)
+    return program // together, (pair % num_heads).to(tl.int64), block, many, start // length, start % length
+
+
+@triton.jit
+def block_plane(tensor, row, head, begin, stride_b, stride_h, stride_n):
+    """Where the tokens of a block begin in a tensor (B, H, N, D)."""
+    return plane_of(tensor, row, head, stride_b, stride_h) + begin.to(tl.int64) * stride_n
+
+
+@triton.jit
+def load_places(plane, places, inside, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Tokens (len(places), BLOCK_D) of a block, zero beyond D and where not inside, if that is not None.
+
+    Offsets in a block fit 32 bits, which spares registers, see `reason_against_local_blocks`.
+    """
+    dims = tl.arange(0, BLOCK_D)
+    at = plane + (places[:, None] * stride + dims[None, :])
+    if HEAD_DIM < BLOCK_D:
+        real = (dims < HEAD_DIM)[None, :]
+        x = tl.load(at, mask=real if inside is None else inside[:, None] & real, other=0)
+    elif inside is None:
+        x = tl.load(at)
+    else:
+        x = tl.load(at, mask=inside[:, None], other=0)
+    return x

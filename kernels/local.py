@@ -4,19 +4,19 @@ The library's kernel where it serves: cuDNN for even blocks, flash attention for
 own for what it does not: float32, odd head sizes, Triton's interpreter.
 """
 
+from math import prod
+
 import torch
 import triton
 import triton.language as tl
 from muse_hf.kernels.common import (
     LOG2_E,
-    gather_tokens,
-    load_tokens,
     plane_of,
     power_of_two,
     store_tokens,
 )
 from muse_hf.kernels.launch import ceil_div, launch
-from muse_hf.kernels.layout import Layout
+from muse_hf.kernels.layout import Layout, block_plane, load_places, tile_of_block
 
 # Head sizes up to which cuDNN and flash attention serve. Both want rows of whole 16 bytes.
 _LARGEST_CUDNN, _LARGEST_FLASH = 128, 256
@@ -24,16 +24,12 @@ _LARGEST_CUDNN, _LARGEST_FLASH = 128, 256
 
 @triton.jit
 def _attend(
-    o, total, top, q, k_plane, v_plane, key_tokens, inside, causal, stride_kn, stride_vn, scale,
+    o, total, top, q, k_plane, v_plane, places, inside, causal, stride_kn, stride_vn, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Unscaled output, sum of weights and bound of a tile of queries after one more tile of keys."""
-    if MASKED:
-        k = load_tokens(k_plane, key_tokens, inside, stride_kn, HEAD_DIM, BLOCK_D)
-        v = load_tokens(v_plane, key_tokens, inside, stride_vn, HEAD_DIM, BLOCK_D)
-    else:
-        k = gather_tokens(k_plane, key_tokens, stride_kn, HEAD_DIM, BLOCK_D)
-        v = gather_tokens(v_plane, key_tokens, stride_vn, HEAD_DIM, BLOCK_D)
+    k = load_places(k_plane, places, inside, stride_kn, HEAD_DIM, BLOCK_D)
+    v = load_places(v_plane, places, inside, stride_vn, HEAD_DIM, BLOCK_D)
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     if MASKED:
         s = tl.where(causal, s, -float("inf"))
@@ -48,35 +44,34 @@ def _attend(
 def _local_kernel(
     query, key, value, block_start, block_length, output, lse,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    stride_ob, stride_oh, stride_on, length, num_tokens, scale,
+    stride_ob, stride_oh, stride_on, num_tiles, num_heads, num_blocks, length, num_tokens, scale,
     GROUP_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries, those with most keys first."""
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q
-    head, block = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    many = tl.load(block_length + block)
+    tile, head, _, many, row, begin = tile_of_block(
+        block_start, block_length, num_tiles, num_heads, num_blocks, length
+    )
+    first = (num_tiles - 1 - tile) * BLOCK_Q
     if first < many:
-        start = tl.load(block_start + block)
-        row, begin = start // length, start % length
         places = first + tl.arange(0, BLOCK_Q)
         inside, tokens = places < many, begin + places
-        q_plane = plane_of(query, row, head, stride_qb, stride_qh)
-        k_plane = plane_of(key, row, head // GROUP_HEADS, stride_kb, stride_kh)
-        v_plane = plane_of(value, row, head // GROUP_HEADS, stride_vb, stride_vh)
-        q = load_tokens(q_plane, tokens, inside, stride_qn, HEAD_DIM, BLOCK_D)
+        q_plane = block_plane(query, row, head, begin, stride_qb, stride_qh, stride_qn)
+        k_plane = block_plane(key, row, head // GROUP_HEADS, begin, stride_kb, stride_kh, stride_kn)
+        v_plane = block_plane(value, row, head // GROUP_HEADS, begin, stride_vb, stride_vh, stride_vn)
+        q = load_places(q_plane, places, inside, stride_qn, HEAD_DIM, BLOCK_D)
         o = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
         total = tl.zeros([BLOCK_Q], tl.float32)
         top = tl.full([BLOCK_Q], -float("inf"), tl.float32)
         lane = tl.arange(0, BLOCK_K)
         for k in range(0, first, BLOCK_K):
             o, total, top = _attend(
-                o, total, top, q, k_plane, v_plane, begin + k + lane, None, None,
+                o, total, top, q, k_plane, v_plane, k + lane, None, None,
                 stride_kn, stride_vn, scale * LOG2_E, HEAD_DIM, BLOCK_D, False,
             )  # fmt: skip
         for k in range(first, tl.minimum(first + BLOCK_Q, many), BLOCK_K):
             o, total, top = _attend(
-                o, total, top, q, k_plane, v_plane, begin + k + lane, k + lane < many,
+                o, total, top, q, k_plane, v_plane, k + lane, k + lane < many,
                 k + lane[None, :] <= places[:, None],
                 stride_kn, stride_vn, scale * LOG2_E, HEAD_DIM, BLOCK_D, True,
             )  # fmt: skip
@@ -84,7 +79,8 @@ def _local_kernel(
         store_tokens(
             plane_of(output, row, head, stride_ob, stride_oh), o, tokens, inside, stride_on, HEAD_DIM, BLOCK_D
         )
-        tl.store(lse + head * num_tokens + start + places, (top + tl.log2(total)) / LOG2_E, mask=inside)
+        at = lse + head * num_tokens + row.to(tl.int64) * length + tokens
+        tl.store(at, (top + tl.log2(total)) / LOG2_E, mask=inside)
 
 
 def local_forward(
@@ -114,9 +110,10 @@ def local_forward(
     lse = query.new_empty(heads, batch * length, dtype=torch.float32)
     strides = [stride for tensor in (query, key, value, output) for stride in tensor.stride()[:3]]
     tile = 32 if query.dtype == torch.float32 else 64
+    sizes = ceil_div(block, tile), heads, layout.block_start.shape[0]
     launch(
-        _local_kernel, (ceil_div(block, tile), heads, layout.block_start.shape[0]),
-        query, key, value, layout.block_start, layout.block_length, output, lse, *strides, length,
+        _local_kernel, (prod(sizes),),
+        query, key, value, layout.block_start, layout.block_length, output, lse, *strides, *sizes, length,
         batch * length, scale,
         GROUP_HEADS=heads // key.shape[1], HEAD_DIM=head_dim, BLOCK_D=power_of_two(head_dim),
         BLOCK_Q=tile, BLOCK_K=32, num_warps=4, num_stages=2,

@@ -5,6 +5,7 @@ of queries and gives their gradients, another takes a tile of keys and gives tho
 in a fixed order. What other queries and keys than those of the same block have to add comes in as parts.
 """
 
+from math import prod
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,6 @@ import triton.language as tl
 from muse_hf.kernels.common import (
     LOG2_E,
     choose_launch,
-    gather_tokens,
     has_much_shared_memory,
     load_tokens,
     plane_of,
@@ -21,9 +21,9 @@ from muse_hf.kernels.common import (
     store_tokens,
 )
 from muse_hf.kernels.launch import ceil_div, launch
-from muse_hf.kernels.layout import Layout
+from muse_hf.kernels.layout import Layout, block_plane, load_places, tile_of_block
 
-_QUERY_LAUNCH = {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+_QUERY_LAUNCH = {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 128}
 _WIDE_QUERY_LAUNCH = {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 _WIDEST_QUERY_LAUNCH = {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}
 _KEY_LAUNCH = {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 168}
@@ -60,16 +60,12 @@ def _add_parts(
 
 @triton.jit
 def _query_step(
-    dq, q, do, query_lse, query_delta, k_plane, v_plane, key_tokens, inside, causal,
+    dq, q, do, query_lse, query_delta, k_plane, v_plane, places, inside, causal,
     stride_kn, stride_vn, scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile of queries after one more tile of keys. MASKED: not all keys are seen."""
-    if MASKED:
-        k = load_tokens(k_plane, key_tokens, inside, stride_kn, HEAD_DIM, BLOCK_D)
-        v = load_tokens(v_plane, key_tokens, inside, stride_vn, HEAD_DIM, BLOCK_D)
-    else:
-        k = gather_tokens(k_plane, key_tokens, stride_kn, HEAD_DIM, BLOCK_D)
-        v = gather_tokens(v_plane, key_tokens, stride_vn, HEAD_DIM, BLOCK_D)
+    k = load_places(k_plane, places, inside, stride_kn, HEAD_DIM, BLOCK_D)
+    v = load_places(v_plane, places, inside, stride_vn, HEAD_DIM, BLOCK_D)
     s = tl.dot(q, tl.trans(k), input_precision="ieee")
     p = tl.exp2(s * scale - query_lse[:, None])
     if MASKED:
@@ -83,51 +79,51 @@ def _query_kernel(
     query, key, value, grad, terms, block_start, block_length, bounds, point, parts, grad_query,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_gb, stride_gh, stride_gn,
-    length, num_tokens, num_points, scale,
+    num_tiles, num_heads, num_blocks, length, num_tokens, num_points, scale,
     GROUP_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of queries, those with most keys first."""
-    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_Q
-    head, block = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    many = tl.load(block_length + block)
+    tile, head, block, many, row, begin = tile_of_block(
+        block_start, block_length, num_tiles, num_heads, num_blocks, length
+    )
+    first = (num_tiles - 1 - tile) * BLOCK_Q
     if first < many:
-        start = tl.load(block_start + block)
-        row, begin = start // length, start % length
         places = first + tl.arange(0, BLOCK_Q)
         inside, tokens = places < many, begin + places
-        q_plane = plane_of(query, row, head, stride_qb, stride_qh)
-        do_plane = plane_of(grad, row, head, stride_ob, stride_oh)
-        k_plane = plane_of(key, row, head // GROUP_HEADS, stride_kb, stride_kh)
-        v_plane = plane_of(value, row, head // GROUP_HEADS, stride_vb, stride_vh)
-        q = load_tokens(q_plane, tokens, inside, stride_qn, HEAD_DIM, BLOCK_D)
-        do = load_tokens(do_plane, tokens, inside, stride_on, HEAD_DIM, BLOCK_D)
-        own_terms = terms + (head * num_tokens + start + places) * 2
+        q_plane = block_plane(query, row, head, begin, stride_qb, stride_qh, stride_qn)
+        do_plane = block_plane(grad, row, head, begin, stride_ob, stride_oh, stride_on)
+        k_plane = block_plane(key, row, head // GROUP_HEADS, begin, stride_kb, stride_kh, stride_kn)
+        v_plane = block_plane(value, row, head // GROUP_HEADS, begin, stride_vb, stride_vh, stride_vn)
+        q = load_places(q_plane, places, inside, stride_qn, HEAD_DIM, BLOCK_D)
+        do = load_places(do_plane, places, inside, stride_on, HEAD_DIM, BLOCK_D)
+        own_terms = terms + (head * num_tokens + row.to(tl.int64) * length + tokens) * 2
         query_lse = tl.load(own_terms, mask=inside, other=float("inf"))
         query_delta = tl.load(own_terms + 1, mask=inside, other=0)
-        dq = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+        # Parts first: their loads are under way while the first keys are loaded.
+        dq = _add_parts(
+            tl.zeros([BLOCK_Q, BLOCK_D], tl.float32),
+            parts, bounds, point, block, head, num_points, places, inside, HEAD_DIM, BLOCK_D,
+        ) * tl.where(scale == 0, 0, 1 / scale)  # fmt: skip
         lane = tl.arange(0, BLOCK_K)
         for k in range(0, first, BLOCK_K):
             dq = _query_step(
-                dq, q, do, query_lse, query_delta, k_plane, v_plane, begin + k + lane, None, None,
+                dq, q, do, query_lse, query_delta, k_plane, v_plane, k + lane, None, None,
                 stride_kn, stride_vn, scale * LOG2_E, HEAD_DIM, BLOCK_D, False,
             )  # fmt: skip
         for k in range(first, tl.minimum(first + BLOCK_Q, many), BLOCK_K):
             dq = _query_step(
-                dq, q, do, query_lse, query_delta, k_plane, v_plane, begin + k + lane, k + lane < many,
+                dq, q, do, query_lse, query_delta, k_plane, v_plane, k + lane, k + lane < many,
                 k + lane[None, :] <= places[:, None],
                 stride_kn, stride_vn, scale * LOG2_E, HEAD_DIM, BLOCK_D, True,
             )  # fmt: skip
-        dq = _add_parts(
-            dq * scale, parts, bounds, point, block, head, num_points, places, inside, HEAD_DIM, BLOCK_D
-        )
         plane = plane_of(grad_query, row, head, stride_gb, stride_gh)
-        store_tokens(plane, dq, tokens, inside, stride_gn, HEAD_DIM, BLOCK_D)
+        store_tokens(plane, dq * scale, tokens, inside, stride_gn, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
 def _key_step(
-    dk, dv, k, v, q_plane, do_plane, terms, begin, queries, many, keys, stride_qn, stride_on, scale,
+    dk, dv, k, v, q_plane, do_plane, terms, queries, many, keys, stride_qn, stride_on, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a tile of keys and values after one more tile of queries.
@@ -136,14 +132,12 @@ def _key_step(
     """
     # Loads of as many numbers as there are threads: of fewer, every thread would load all that it needs.
     at = terms + queries[:, None] * 2 + tl.arange(0, 2)[None, :]
+    exists = queries < many if MASKED else None
+    q = load_places(q_plane, queries, exists, stride_qn, HEAD_DIM, BLOCK_D)
+    do = load_places(do_plane, queries, exists, stride_on, HEAD_DIM, BLOCK_D)
     if MASKED:
-        exists = queries < many
-        q = load_tokens(q_plane, begin + queries, exists, stride_qn, HEAD_DIM, BLOCK_D)
-        do = load_tokens(do_plane, begin + queries, exists, stride_on, HEAD_DIM, BLOCK_D)
         query_lse, query_delta = tl.split(tl.load(at, mask=exists[:, None], other=0))
     else:
-        q = gather_tokens(q_plane, begin + queries, stride_qn, HEAD_DIM, BLOCK_D)
-        do = gather_tokens(do_plane, begin + queries, stride_on, HEAD_DIM, BLOCK_D)
         query_lse, query_delta = tl.split(tl.load(at))
     s = tl.dot(k, tl.trans(q), input_precision="ieee")
     p = tl.exp2(s * scale - query_lse[None, :])
@@ -161,65 +155,53 @@ def _key_kernel(
     bounds, point, key_parts, value_parts, grad_key, grad_value,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_gkb, stride_gkh, stride_gkn, stride_gvb, stride_gvh, stride_gvn,
-    length, num_tokens, num_points, scale,
+    num_tiles, num_heads, num_blocks, length, num_tokens, num_points, scale,
     GROUP_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values, those with most queries first."""
-    first = tl.program_id(0) * BLOCK_K
-    kv_head, block = tl.program_id(1).to(tl.int64), tl.program_id(2)
-    many = tl.load(block_length + block)
+    tile, kv_head, block, many, row, begin = tile_of_block(
+        block_start, block_length, num_tiles, num_heads, num_blocks, length
+    )
+    first = tile * BLOCK_K
     if first < many:
-        start = tl.load(block_start + block)
-        row, begin = start // length, start % length
         places = first + tl.arange(0, BLOCK_K)
         inside, tokens = places < many, begin + places
-        k_plane = plane_of(key, row, kv_head, stride_kb, stride_kh)
-        v_plane = plane_of(value, row, kv_head, stride_vb, stride_vh)
-        k = load_tokens(k_plane, tokens, inside, stride_kn, HEAD_DIM, BLOCK_D)
-        v = load_tokens(v_plane, tokens, inside, stride_vn, HEAD_DIM, BLOCK_D)
-        dk = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-        dv = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+        k_plane = block_plane(key, row, kv_head, begin, stride_kb, stride_kh, stride_kn)
+        v_plane = block_plane(value, row, kv_head, begin, stride_vb, stride_vh, stride_vn)
+        k = load_places(k_plane, places, inside, stride_kn, HEAD_DIM, BLOCK_D)
+        v = load_places(v_plane, places, inside, stride_vn, HEAD_DIM, BLOCK_D)
+        nothing = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+        dk = _add_parts(
+            nothing, key_parts, bounds, point, block, kv_head, num_points, places, inside, HEAD_DIM, BLOCK_D
+        ) * tl.where(scale == 0, 0, 1 / scale)  # fmt: skip
+        dv = _add_parts(
+            nothing, value_parts, bounds, point, block, kv_head, num_points, places, inside, HEAD_DIM, BLOCK_D
+        )
         lane = tl.arange(0, BLOCK_Q)
         for group in range(GROUP_HEADS):
             head = kv_head * GROUP_HEADS + group
-            q_plane = plane_of(query, row, head, stride_qb, stride_qh)
-            do_plane = plane_of(grad, row, head, stride_ob, stride_oh)
-            own_terms = terms + (head * num_tokens + start) * 2
+            q_plane = block_plane(query, row, head, begin, stride_qb, stride_qh, stride_qn)
+            do_plane = block_plane(grad, row, head, begin, stride_ob, stride_oh, stride_on)
+            own_terms = terms + (head * num_tokens + row.to(tl.int64) * length + begin) * 2
             whole = tl.maximum(many // BLOCK_Q * BLOCK_Q, first + BLOCK_K)  # the last tile may be short
             for i in range(first, first + BLOCK_K, BLOCK_Q):
                 dk, dv = _key_step(
-                    dk, dv, k, v, q_plane, do_plane, own_terms, begin, i + lane, many, places,
+                    dk, dv, k, v, q_plane, do_plane, own_terms, i + lane, many, places,
                     stride_qn, stride_on, scale * LOG2_E, HEAD_DIM, BLOCK_D, True,
                 )  # fmt: skip
             for i in range(first + BLOCK_K, whole, BLOCK_Q):
                 dk, dv = _key_step(
-                    dk, dv, k, v, q_plane, do_plane, own_terms, begin, i + lane, many, places,
+                    dk, dv, k, v, q_plane, do_plane, own_terms, i + lane, many, places,
                     stride_qn, stride_on, scale * LOG2_E, HEAD_DIM, BLOCK_D, False,
                 )  # fmt: skip
             for i in range(whole, many, BLOCK_Q):
                 dk, dv = _key_step(
-                    dk, dv, k, v, q_plane, do_plane, own_terms, begin, i + lane, many, places,
+                    dk, dv, k, v, q_plane, do_plane, own_terms, i + lane, many, places,
                     stride_qn, stride_on, scale * LOG2_E, HEAD_DIM, BLOCK_D, True,
                 )  # fmt: skip
-        dk = _add_parts(
-            dk * scale,
-            key_parts,
-            bounds,
-            point,
-            block,
-            kv_head,
-            num_points,
-            places,
-            inside,
-            HEAD_DIM,
-            BLOCK_D,
-        )
-        dv = _add_parts(
-            dv, value_parts, bounds, point, block, kv_head, num_points, places, inside, HEAD_DIM, BLOCK_D
-        )
         plane = plane_of(grad_key, row, kv_head, stride_gkb, stride_gkh)
-        store_tokens(plane, dk, tokens, inside, stride_gkn, HEAD_DIM, BLOCK_D)
+        store_tokens(plane, dk * scale, tokens, inside, stride_gkn, HEAD_DIM, BLOCK_D)
         plane = plane_of(grad_value, row, kv_head, stride_gvb, stride_gvh)
         store_tokens(plane, dv, tokens, inside, stride_gvn, HEAD_DIM, BLOCK_D)
 
@@ -245,23 +227,26 @@ def local_backward(
     strides = [stride for tensor in read for stride in tensor.stride()[:3]]
     blocks = layout.block_start, layout.block_length
     sizes = query.shape[2], query.shape[0] * query.shape[2]
+    num_blocks = layout.block_start.shape[0]
     dims = {"GROUP_HEADS": heads // kv_heads, "HEAD_DIM": head_dim, "BLOCK_D": power_of_two(head_dim)}
     bounds, parts = query_parts or ((None, None), None)
     wide = _WIDE_QUERY_LAUNCH if head_dim <= 128 else _WIDEST_QUERY_LAUNCH
     if not has_much_shared_memory(query):
         wide = wide | {"num_stages": 2}
     settings = choose_launch(query, _QUERY_LAUNCH, wide, _PRECISE_QUERY_LAUNCH)
+    tiles = ceil_div(block, settings["BLOCK_Q"]), heads, num_blocks
     launch(
-        _query_kernel, (ceil_div(block, settings["BLOCK_Q"]), heads, blocks[0].shape[0]),
-        *read, terms, *blocks, *bounds, parts, grads[0], *strides, *grads[0].stride()[:3], *sizes,
+        _query_kernel, (prod(tiles),),
+        *read, terms, *blocks, *bounds, parts, grads[0], *strides, *grads[0].stride()[:3], *tiles, *sizes,
         0 if parts is None else parts.shape[1], scale, **dims, **settings,
     )  # fmt: skip
     bounds, *parts = key_parts or ((None, None), None, None)
     settings = choose_launch(query, _KEY_LAUNCH, _WIDE_KEY_LAUNCH, _PRECISE_KEY_LAUNCH)
+    tiles = ceil_div(block, settings["BLOCK_K"]), kv_heads, num_blocks
     launch(
-        _key_kernel, (ceil_div(block, settings["BLOCK_K"]), kv_heads, blocks[0].shape[0]),
+        _key_kernel, (prod(tiles),),
         *read, terms, *blocks, *bounds, *parts, *grads[1:], *strides, *grads[1].stride()[:3],
-        *grads[2].stride()[:3], *sizes, 0 if parts[0] is None else parts[0].shape[1], scale,
+        *grads[2].stride()[:3], *tiles, *sizes, 0 if parts[0] is None else parts[0].shape[1], scale,
         **dims, **settings,
     )  # fmt: skip
     return grads

@@ -29,8 +29,10 @@ def reason_against_inputs(query: torch.Tensor) -> str | None:
     return None
 
 
-def reason_against_local_blocks(query: torch.Tensor) -> str | None:
-    """Why the gradients of local blocks, which causal attention needs, cannot be had; None if they can."""
+def reason_against_local_blocks(query: torch.Tensor, key: torch.Tensor, block: int) -> str | None:
+    """Why local blocks, which causal attention needs, cannot be served; None if they can."""
+    if max(query.stride(2), key.stride(2)) * block >= 1 << 31:
+        return f"a local block of {block} tokens spans more numbers than 32 bits can tell apart"
     if query.shape[3] > 128 and query.is_cuda and shared_memory_of(query.device) < _WIDE_BLOCKS:
         return f"with head_dim {query.shape[3]} causal attention takes more shared memory than this GPU has"
     return None

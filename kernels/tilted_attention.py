@@ -35,7 +35,9 @@ def reason_against(query: torch.Tensor, key: torch.Tensor, is_causal: bool, conf
         return 'they serve summaries="tilted" with num_retrieved=0'
     if is_causal and config.hierarchy != "dyadic":
         return 'they serve causal attention with summaries="tilted" and hierarchy="dyadic" only'
-    return reason_against_inputs(query) or (reason_against_local_blocks(query) if is_causal else None)
+    if is_causal and (reason := reason_against_local_blocks(query, key, config.local_block)):
+        return reason
+    return reason_against_inputs(query)
 
 
 def triton_tilted_attention(

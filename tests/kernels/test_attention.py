@@ -220,6 +220,7 @@ def test_what_does_not_fit_shared_memory_is_refused(monkeypatch, head_dim, clust
         dtype=torch.bfloat16,
         shape=(1, 1, 8192, head_dim),
         element_size=lambda: 2,
+        stride=lambda dimension: head_dim,
     )
     actual = attention.reason_against(query, query, True, MuseConfig(cluster_size=cluster_size))
     assert actual is None if reason is None else reason in actual

@@ -21,7 +21,7 @@ from muse_hf.config import MuseConfig
 
 def reason_against(query: torch.Tensor, key: torch.Tensor, is_causal: bool, config: MuseConfig) -> str | None:
     """Why these kernels cannot serve a call, or None if they can. Shapes as in `triton_attention`."""
-    if reason := reason_against_inputs(query) or reason_against_local_blocks(query):
+    if reason := reason_against_inputs(query) or reason_against_local_blocks(query, key, config.local_block):
         return reason
     if not is_causal or config.summaries != "plain" or config.hierarchy != "flat":
         return 'they serve causal attention with summaries="plain" and hierarchy="flat" so far'
@@ -149,7 +149,7 @@ def backward(
         query, clusters, layout, chosen, grad, lse, delta, scale, block, clusters_per_block
     )
     query_backward(query, clusters, layout, chosen, grad, lse, delta, grads[0], scale, block)
-    retrieve_backward(query, key, value, grad, lse, delta, clusters, choice, items, grad_means, grads, scale)
+    retrieve_backward(query, key, value, grad, terms, clusters, choice, items, grad_means, grads, scale)
     return grads
 
 

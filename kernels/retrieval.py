@@ -27,8 +27,9 @@ from muse_hf.kernels.launch import ceil_div, launch
 _PARTIAL_BYTES = 1 << 30
 _FORWARD = {"BLOCK_Q": 64, "num_warps": 4, "num_stages": 1}
 _PRECISE = {"BLOCK_Q": 16, "num_warps": 8, "num_stages": 1}
-_BACKWARD = {"BLOCK_Q": 64, "num_warps": 4, "num_stages": 3}
-_WIDE_BACKWARD = {"BLOCK_Q": 64, "num_warps": 8, "num_stages": 2}
+_BACKWARD = {"BLOCK_Q": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 168}
+_WIDE_BACKWARD = {"BLOCK_Q": 32, "num_warps": 4, "num_stages": 2}
+_WIDEST_BACKWARD = {"BLOCK_Q": 32, "num_warps": 8, "num_stages": 2}
 # Programs that share the queries of a cluster in the forward pass.
 _SPLITS = 4
 # Entries of partial outputs that one program merges.
@@ -64,17 +65,18 @@ def _cluster_numbers(heads: int, many: int, dtype: torch.dtype, device: torch.de
 
 @triton.jit
 def _load_queries(
-    base, item, real, kv_head, num_tokens, stride_b, stride_h, stride_n, length,
+    base, item, kv_head, num_tokens, stride_b, stride_h, stride_n, length,
     NUM_RETRIEVED: tl.constexpr, GROUP_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Rows of a tensor (B, H, N, D) for items of a key/value head."""
-    row = item // NUM_RETRIEVED
-    if GROUP_HEADS == 1:
-        return load_rows(base, row, real, kv_head, stride_b, stride_h, stride_n, length, HEAD_DIM, BLOCK_D)
-    heads = kv_head * GROUP_HEADS + row // num_tokens
-    return load_rows(
-        base, row % num_tokens, real, heads, stride_b, stride_h, stride_n, length, HEAD_DIM, BLOCK_D
-    )
+    row, heads = item // NUM_RETRIEVED, kv_head
+    if GROUP_HEADS > 1:
+        row, heads = row % num_tokens, kv_head * GROUP_HEADS + row // num_tokens
+    dims = tl.arange(0, BLOCK_D)
+    at = base + row_offsets(row, heads, stride_b, stride_h, stride_n, length)[:, None] + dims[None, :]
+    if HEAD_DIM == BLOCK_D:
+        return tl.load(at)
+    return tl.load(at, mask=(dims < HEAD_DIM)[None, :], other=0)
 
 
 @triton.jit
@@ -105,9 +107,9 @@ def _retrieve_kernel(
         for at in range(start + split * BLOCK_Q, end, SPLIT * BLOCK_Q):
             at = at + tl.arange(0, BLOCK_Q)
             real = at < end
-            item = tl.load(order + head.to(tl.int64) * num_items + at, mask=real, other=0)
+            item = tl.load(order + head.to(tl.int64) * num_items + tl.minimum(at, end - 1))
             q = _load_queries(
-                query, item, real, head, num_tokens, stride_qb, stride_qh, stride_qn, length,
+                query, item, head, num_tokens, stride_qb, stride_qh, stride_qn, length,
                 NUM_RETRIEVED, GROUP_HEADS, HEAD_DIM, BLOCK_D,
             )  # fmt: skip
             s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E)
@@ -127,14 +129,14 @@ def _retrieve_kernel(
 
 @triton.jit
 def _retrieve_backward_kernel(
-    query, key, value, grad, lse, delta, members, count, order, bounds,
+    query, key, value, grad, terms, members, count, order, bounds,
     grad_key_mean, grad_value_mean, partial, grad_key, grad_value,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_gkb, stride_gkh, stride_gkn, stride_gvb, stride_gvh, stride_gvn,
     length, num_tokens, num_clusters, capacity, first_head, scale,
     NUM_RETRIEVED: tl.constexpr,
     GROUP_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
+    BLOCK_Q: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
     """All items of a cluster: partial gradients of queries, and the whole far gradient of its members.
 
@@ -150,9 +152,14 @@ def _retrieve_backward_kernel(
     held = tl.load(count + row)
     places = tl.arange(0, BLOCK_M)
     filled = places < held
-    tokens = tl.load(members + row * capacity + places, mask=filled, other=0)
-    k = load_rows(key, tokens, filled, head, stride_kb, stride_kh, stride_kn, length, HEAD_DIM, BLOCK_D)
-    v = load_rows(value, tokens, filled, head, stride_vb, stride_vh, stride_vn, length, HEAD_DIM, BLOCK_D)
+    # Behind the last member the last again, with weights like any other, so that none is masked. The
+    # gradients of queries take zeros for it: COPY, a second copy of the keys, if there is room for it.
+    slots = tl.minimum(places, held - 1)
+    exists = slots >= 0  # unless the cluster is empty
+    tokens = tl.load(members + row * capacity + slots, mask=exists, other=0)
+    k = load_rows(key, tokens, exists, head, stride_kb, stride_kh, stride_kn, length, HEAD_DIM, BLOCK_D)
+    v = load_rows(value, tokens, exists, head, stride_vb, stride_vh, stride_vn, length, HEAD_DIM, BLOCK_D)
+    real_k = tl.where(filled[:, None], k, 0) if COPY else k
     dims = tl.arange(0, BLOCK_D)
     first_item = part_head.to(tl.int64) * num_items
     dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -160,28 +167,34 @@ def _retrieve_backward_kernel(
     for first in range(start, end, BLOCK_Q):
         at = first + tl.arange(0, BLOCK_Q)
         real = at < end
-        item = tl.load(order + head.to(tl.int64) * num_items + at, mask=real, other=0)
+        # Behind the last item the last again, with no weight: loads are dear if masked.
+        item = tl.load(order + head.to(tl.int64) * num_items + tl.minimum(at, end - 1))
         q = _load_queries(
-            query, item, real, head, num_tokens, stride_qb, stride_qh, stride_qn, length,
+            query, item, head, num_tokens, stride_qb, stride_qh, stride_qn, length,
             NUM_RETRIEVED, GROUP_HEADS, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
         do = _load_queries(
-            grad, item, real, head, num_tokens, stride_ob, stride_oh, stride_on, length,
+            grad, item, head, num_tokens, stride_ob, stride_oh, stride_on, length,
             NUM_RETRIEVED, GROUP_HEADS, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
         query_row = head.to(tl.int64) * GROUP_HEADS * num_tokens + item // NUM_RETRIEVED
-        query_lse = tl.load(lse + query_row, mask=real, other=float("inf")) * LOG2_E
-        query_delta = tl.load(delta + query_row, mask=real, other=0)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E)
-        p = tl.where(filled[None, :], tl.exp2(s - query_lse[:, None]), 0)
-        dv = tl.dot(tl.trans(p).to(do.dtype), do, dv, input_precision="ieee")
-        ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - query_delta[:, None])
+        # By one load, see `_key_step` in `local_backward`.
+        column = tl.arange(0, 2)[None, :]
+        pair = tl.load(terms + query_row[:, None] * 2 + column)
+        query_lse, query_delta = tl.split(tl.where(real[:, None] | (column == 1), pair, float("inf")))
+        # Keys are the rows, so that weights are where the next products want them.
+        s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2_E)
+        p = tl.exp2(s - query_lse[None, :])
+        if not COPY:
+            p = tl.where(filled[:, None], p, 0)
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
+        ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - query_delta[None, :])
         ds = ds.to(q.dtype)
-        dk = tl.dot(tl.trans(ds), q, dk, input_precision="ieee")
-        dq = tl.dot(ds, k, input_precision="ieee") * scale
+        dk = tl.dot(ds, q, dk, input_precision="ieee")
+        dq = tl.dot(tl.trans(real_k), ds, input_precision="ieee") * scale
         tl.store(
             partial + (first_item + item)[:, None] * HEAD_DIM + dims[None, :],
-            dq,
+            tl.trans(dq),
             mask=real[:, None] & (dims < HEAD_DIM)[None, :],
         )
     many = tl.maximum(held, 1).to(tl.float32)
@@ -293,8 +306,8 @@ def retrieve(
 
 
 def retrieve_backward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grad: torch.Tensor, lse: torch.Tensor,
-    delta: torch.Tensor, clusters: Clusters, choice: torch.Tensor, items: Items,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grad: torch.Tensor, terms: torch.Tensor,
+    clusters: Clusters, choice: torch.Tensor, items: Items,
     grad_means: tuple[torch.Tensor, torch.Tensor], grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     scale: float,
 ) -> None:  # fmt: skip
@@ -303,18 +316,20 @@ def retrieve_backward(
     Those of the summaries are passed on to their members here too, also if nothing is retrieved.
 
     Args:
+        terms: (H, B * N, 2) float32, see `weight_terms`.
         grad_means: (Hkv, J, D) float32 gradients of the key and value means.
     """
     num_retrieved = choice.shape[2]
     strides = token_strides(query, key, value, grad, *grads[1:])
-    settings = choose_launch(query, _BACKWARD, _WIDE_BACKWARD, _PRECISE)
+    settings = _backward_launch(query)
     for kv_heads in _parts(query, key, num_retrieved):
         partial = query.new_empty(len(kv_heads), items.order.shape[1], query.shape[3])
         launch(
             _retrieve_backward_kernel, (clusters.count.shape[1], len(kv_heads)),
-            query, key, value, grad, lse, delta, clusters.members, clusters.count, *items, *grad_means,
+            query, key, value, grad, terms, clusters.members, clusters.count, *items, *grad_means,
             partial, *grads[1:], *strides, *_sizes(query, clusters), kv_heads.start, scale,
-            **_tiles(query, clusters, num_retrieved), **settings,
+            COPY=_copies(query, clusters.members.shape[2]), **_tiles(query, clusters, num_retrieved),
+            **settings,
         )  # fmt: skip
         if num_retrieved:
             _over_queries(_add_kernel, query, key, kv_heads, num_retrieved)(
@@ -324,10 +339,21 @@ def retrieve_backward(
 
 def shared_memory_for(query: torch.Tensor, capacity: int) -> int:
     """Bytes that `retrieve_backward`, which takes most, needs for keys, values, queries and gradients."""
-    settings = choose_launch(query, _BACKWARD, _WIDE_BACKWARD, _PRECISE)
-    tiles_of_queries = min(2, settings["num_stages"])
-    rows = power_of_two(capacity) + tiles_of_queries * settings["BLOCK_Q"]
-    return 2 * rows * power_of_two(query.shape[3]) * query.element_size() + 1024
+    settings = _backward_launch(query)
+    copies = 3 if _copies(query, capacity) else 2
+    tiles = 2 * min(2, settings["num_stages"]) + 1  # of queries and gradients on their way in, and out
+    rows = copies * power_of_two(capacity) + tiles * settings["BLOCK_Q"]
+    return rows * power_of_two(query.shape[3]) * query.element_size() + 1024
+
+
+def _copies(query: torch.Tensor, capacity: int) -> bool:
+    """Whether a second copy of a cluster's keys is held in shared memory, see `_retrieve_backward_kernel`."""
+    return query.element_size() == 2 and capacity <= 64
+
+
+def _backward_launch(query: torch.Tensor) -> dict[str, int]:
+    wide = _WIDE_BACKWARD if query.shape[3] <= 128 else _WIDEST_BACKWARD
+    return choose_launch(query, _BACKWARD, wide, _PRECISE)
 
 
 def _over_queries(kernel, query: torch.Tensor, key: torch.Tensor, kv_heads: range, num_retrieved: int):

@@ -317,7 +317,7 @@ def kmeans(query: torch.Tensor, key: torch.Tensor, sets: PointSets, iters: int) 
                 _sums_kernel, (sets.sources.shape[0], ceil_div(sets.max_clusters, tiles["BLOCK_C"]), heads),
                 query, key, sets.table, sets.sources, centroids, label, sums, counts, *strides, key.shape[1],
                 sets.num_rows, sets.num_source_points, sets.num_sums,
-                LABELLED=not one_tile, **start, **tiles, **registers, num_stages=2,
+                LABELLED=not one_tile, **start, **tiles, **registers, num_stages=3,
             )  # fmt: skip
         launch(
             _means_kernel, (sets.table.shape[0], ceil_div(sets.max_clusters, block_c), heads),

@@ -19,7 +19,7 @@ from muse_hf.routing import check_windows, shortest_length, windowed_layers
 
 # The ladder of `layers="auto"`: no retrieval, few, default and many retrieved clusters. Exact attention is
 # its last step.
-RETRIEVED = (0, 4, 8, 12, 24, 48)
+RETRIEVED = (0, 4, 8, 12, 16, 24, 48)
 EXACT = None
 
 # What `recommend_config` tries.

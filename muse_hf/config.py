@@ -103,6 +103,8 @@ class MuseConfig:
             "hierarchy": "dyadic",
             "multipole": "dipole",
             "kmeans_iters": 1,
+            # Seldom reached: without retrieval a large cluster costs nothing, and moving keys does.
+            "cluster_cap": 3.0,
         }
         return cls(**setting).replace(**overrides)
 

@@ -27,8 +27,8 @@ from muse_hf.kernels.launch import ceil_div, launch
 _PARTIAL_BYTES = 1 << 30
 _FORWARD = {"BLOCK_Q": 64, "num_warps": 4, "num_stages": 1}
 _PRECISE = {"BLOCK_Q": 16, "num_warps": 8, "num_stages": 1}
-_BACKWARD = {"BLOCK_Q": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 168}
-_WIDE_BACKWARD = {"BLOCK_Q": 32, "num_warps": 4, "num_stages": 2}
+_BACKWARD = {"BLOCK_Q": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 168}
+_WIDE_BACKWARD = {"BLOCK_Q": 32, "num_warps": 4, "num_stages": 3}
 _WIDEST_BACKWARD = {"BLOCK_Q": 32, "num_warps": 8, "num_stages": 2}
 # Programs that share the queries of a cluster in the forward pass.
 _SPLITS = 4

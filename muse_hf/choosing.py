@@ -32,19 +32,18 @@ class Option:
 
     Attributes:
         num_retrieved: Clusters each query retrieves; None is exact attention.
-        ms: Time of the forward attention call of one row, in milliseconds.
-        harm, harm_error: As in `LayerProfile`; 0 for exact attention.
+        ms: Time of attention on one row, forward and backward, in milliseconds.
+        harm: As in `LayerProfile`; 0 for exact attention.
     """
 
     num_retrieved: int | None
     ms: float
     harm: float
-    harm_error: float = 0.0
 
     @property
     def cost(self) -> float:
         """Harm that has to be reckoned with, of which a gain pays nothing back to other layers."""
-        return max(0.0, self.harm + self.harm_error)
+        return max(0.0, self.harm)
 
     @property
     def name(self) -> str:
@@ -62,7 +61,7 @@ class Choice:
         predicted: Sum of the harms of the chosen options.
         measured: Harm of all of them together, by a forward pass of the whole model.
         measured_error: Its standard error.
-        budget: What both, with a standard error on top, had to stay within: other text is a little different.
+        budget: What both had to stay within, the latter with its standard error on top: other text differs.
         has_loss: Whether harm is the relative increase of the loss, or else the output error of the model.
         rows, length, device: What it was measured on.
     """
@@ -97,7 +96,7 @@ class Choice:
             f"{what} of the chosen settings (*) together {self.measured:+.3%} ± {self.measured_error:.3%}, "
             f"sum of the layers {self.predicted:+.3%}, budget {self.budget:.3%}"
         )
-        lines.append(f"attention of all layers {chosen:.1f} ms, with exact attention {exact:.1f} ms")
+        lines.append(f"attention of all layers, forward and backward, {chosen:.1f} ms, exact {exact:.1f} ms")
         if chosen >= exact:
             lines.append("nothing within the budget is faster here than exact attention, which stays")
         return "\n".join(lines)
@@ -114,7 +113,11 @@ def choose_settings(
 
     Harms of layers are taken to add up, so that for a price on harm every layer can choose for itself the
     option of least `ms + price * harm`. The lowest price at which the sum, and then a forward pass of the
-    whole model, stays within the budget decides. Both count with a standard error on top.
+    whole model with its standard error on top, stays within the budget decides.
+
+    Times are of the forward and the backward pass: what is chosen is stored with the model, is adapted by
+    training, and meets longer texts, where exact attention falls further behind. A forward pass alone may at
+    this length be faster with exact attention in a layer or two.
 
     Args:
         model: A bare Transformers model.
@@ -131,14 +134,14 @@ def choose_settings(
     input_ids = check_input(model, input_ids, [config])
     config = _used_from(config, input_ids.shape[1], model.device)
     ladder = [config.replace(layers=None, num_retrieved=number) for number in RETRIEVED]
-    profiles, quality = measure_layers(model, input_ids, dict.fromkeys(layers, ladder))
+    candidates = dict.fromkeys(layers, ladder)
+    profiles, quality = measure_layers(model, input_ids, candidates, with_backward=True)
     # All layers do the same work: the median over them is the better measure of a setting's time.
     times = [statistics.median(column) for column in zip(*([e.muse_ms for e in profiles[i]] for i in layers))]
     exact = Option(EXACT, statistics.median(profiles[layer][0].exact_ms for layer in layers), 0.0)
     options = {
         layer: [
-            Option(number, ms, entry.harm, entry.harm_error)
-            for number, ms, entry in zip(RETRIEVED, times, profiles[layer])
+            Option(number, ms, entry.harm) for number, ms, entry in zip(RETRIEVED, times, profiles[layer])
         ]
         + [exact]
         for layer in layers

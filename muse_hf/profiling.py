@@ -168,11 +168,17 @@ def profile_layers(
 
 
 def measure_layers(
-    model: PreTrainedModel, input_ids: torch.Tensor, candidates: Mapping[int, Sequence[MuseConfig]]
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    candidates: Mapping[int, Sequence[MuseConfig]],
+    with_backward: bool = False,
 ) -> tuple[dict[int, list[LayerProfile]], "Quality"]:
     """Profiles of every setting that is a candidate for a layer, and what exact attention reaches.
 
-    Arguments and errors as in `profile_layers`.
+    Other arguments and errors as in `profile_layers`.
+
+    Args:
+        with_backward: Whether the times are those of the forward and the backward pass of attention.
     """
     settings = [config for configs in candidates.values() for config in configs]
     input_ids = check_input(model, input_ids, settings)
@@ -182,7 +188,7 @@ def measure_layers(
         temporary_policy(model),
         logging.tqdm(total=2 * steps, desc="Profiling layers", unit="setting", leave=False) as bar,
     ):
-        comparisons = {layer: Comparison(configs) for layer, configs in candidates.items()}
+        comparisons = {layer: Comparison(configs, with_backward) for layer, configs in candidates.items()}
 
         def compare(module: torch.nn.Module, *attention: Any) -> None:
             if module.layer_idx in candidates:
@@ -266,8 +272,9 @@ def _squares(tensor: torch.Tensor) -> float:
 class Comparison:
     """What MuSe in each of several settings does to one layer, summed over the rows seen so far."""
 
-    def __init__(self, settings: Sequence[MuseConfig]):
+    def __init__(self, settings: Sequence[MuseConfig], with_backward: bool):
         self._settings = settings
+        self._with_backward = with_backward
         self._sums: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self._times: list[list[float]] = []
 
@@ -275,11 +282,9 @@ class Comparison:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool, scale: float
     ) -> None:
         """Compare on the queries (1, H, N, D), keys and values (1, Hkv, N, D) of a row."""
-        options = {"is_causal": is_causal, "scale": scale}
-        exact = partial(exact_attention, query, key, value, **options)
-        calls = [partial(muse_attention, query, key, value, config=c, **options) for c in self._settings]
-        exact()
-        found = [call(return_lse=True) for call in calls]
+        tensors, options = (query, key, value), {"is_causal": is_causal, "scale": scale}
+        calls = [partial(muse_attention, config=config, **options) for config in self._settings]
+        found = [call(*tensors, return_lse=True) for call in calls]
         squared_output = torch.zeros(query.shape[1], dtype=torch.float64)
         squared_error, bias = (squared_output.repeat(len(calls), 1) for _ in range(2))
         for part, output, lse in exact_parts(query, key, value, **options):
@@ -288,7 +293,10 @@ class Comparison:
                 squared_error[setting] += _per_head((muse_output[:, :, part] - output).square())
                 bias[setting] += _per_head(muse_lse[:, :, part] - lse)
         self._sums.append((squared_error, squared_output, bias / query.shape[2]))
-        self._times.append([milliseconds(call, query.device) for call in (exact, *calls)])
+        timed = [partial(exact_attention, **options), *calls]
+        if self._with_backward:
+            timed = [partial(_gradients, call) for call in timed]
+        self._times.append([milliseconds(partial(call, *tensors), query.device) for call in timed])
 
     def profiles(self, layer: int, changes: Sequence["Change"]) -> list[LayerProfile]:
         """One profile a setting, given what it changes in the model; medians of the rows' times."""
@@ -306,6 +314,14 @@ class Comparison:
             )
             for setting, config in enumerate(self._settings)
         ]
+
+
+@torch.enable_grad()
+def _gradients(call: Callable, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Those of the sum of what is called, with respect to its tensors."""
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+    output = call(*leaves)
+    return torch.autograd.grad(output, leaves, torch.ones_like(output))
 
 
 def _per_head(tensor: torch.Tensor) -> torch.Tensor:
@@ -369,15 +385,17 @@ def exact_parts(
 
 
 def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Median time of a call; call it once before, so that nothing is compiled while the clock runs.
+    """Median time of a call.
 
-    Accelerators get several calls in a row, as layers follow each other: what the host takes to launch the
-    first kernel of a call counts only where it takes longer than the device.
+    Accelerators get one call before the clock runs, in which kernels are compiled, and then several in a row,
+    as layers follow each other: the host's time counts only where it is longer than the device's.
     """
     on_cpu = device.type == "cpu"
     synchronize = (lambda: None) if on_cpu else partial(torch.accelerator.synchronize, device)
     in_a_row = 1 if on_cpu else 5
     times = []
+    if not on_cpu:
+        call()
     for _ in range(_TIMES):
         synchronize()
         start = time.perf_counter()

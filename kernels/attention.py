@@ -9,7 +9,12 @@ from muse_hf.kernels.common import shared_memory_of
 from muse_hf.kernels.layout import count_clusters, layout_of
 from muse_hf.kernels.local import local_forward
 from muse_hf.kernels.local_backward import local_backward
-from muse_hf.kernels.operators import AttentionOp, reason_against_inputs, reason_against_local_blocks
+from muse_hf.kernels.operators import (
+    AttentionOp,
+    addressable,
+    reason_against_inputs,
+    reason_against_local_blocks,
+)
 from muse_hf.kernels.refinement import num_words, refine
 from muse_hf.kernels.refinement_backward import query_backward, summary_backward
 from muse_hf.kernels.retrieval import Items, retrieve, retrieve_backward, shared_memory_for, sort_items
@@ -21,7 +26,7 @@ from muse_hf.config import MuseConfig
 
 def reason_against(query: torch.Tensor, key: torch.Tensor, is_causal: bool, config: MuseConfig) -> str | None:
     """Why these kernels cannot serve a call, or None if they can. Shapes as in `triton_attention`."""
-    if reason := reason_against_inputs(query) or reason_against_local_blocks(query, key, config.local_block):
+    if reason := reason_against_inputs(query) or reason_against_local_blocks(query):
         return reason
     if not is_causal or config.summaries != "plain" or config.hierarchy != "flat":
         return 'they serve causal attention with summaries="plain" and hierarchy="flat" so far'
@@ -52,8 +57,8 @@ def triton_attention(
     Returns:
         Output (B, H, N, D) and logsumexp (B, H, N) float32, zero outside the sequences.
     """
-    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     block = config.local_block
+    query, key, value = (addressable(tensor, block) for tensor in (query, key, value))
     return OP(
         query, key, value, scale, [*chain.from_iterable(sequences)], block, config.clusters_for(block),
         config.capacity_for(block), config.kmeans_iters, config.num_retrieved,
@@ -142,7 +147,7 @@ def backward(
     items, clusters = Items(*rest[:2]), Clusters(*rest[2:])
     tokens = query.shape[0] * query.shape[2]
     layout = layout_of(tuple(sequences), tokens, block, clusters_per_block, query.device)
-    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    grad = addressable(grad, block)
     delta, terms = weight_terms(output, grad, lse)
     grads = local_backward(grad, query, key, value, terms, layout, scale, block)
     grad_means = summary_backward(

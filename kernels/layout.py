@@ -156,7 +156,7 @@ def block_plane(tensor, row, head, begin, stride_b, stride_h, stride_n):
 def load_places(plane, places, inside, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """Tokens (len(places), BLOCK_D) of a block, zero beyond D and where not inside, if that is not None.
 
-    Offsets in a block fit 32 bits, which spares registers, see `reason_against_local_blocks`.
+    Offsets in a block fit 32 bits, which spares registers, see `addressable`.
     """
     dims = tl.arange(0, BLOCK_D)
     at = plane + (places[:, None] * stride + dims[None, :])

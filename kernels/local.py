@@ -9,12 +9,7 @@ from math import prod
 import torch
 import triton
 import triton.language as tl
-from muse_hf.kernels.common import (
-    LOG2_E,
-    plane_of,
-    power_of_two,
-    store_tokens,
-)
+from muse_hf.kernels.common import LOG2_E, plane_of, power_of_two, store_tokens
 from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.layout import Layout, block_plane, load_places, tile_of_block
 
@@ -49,6 +44,7 @@ def _local_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries, those with most keys first."""
+    tl.static_assert(BLOCK_Q % BLOCK_K == 0, "or keys behind the queries would be seen")
     tile, head, _, many, row, begin = tile_of_block(
         block_start, block_length, num_tiles, num_heads, num_blocks, length
     )

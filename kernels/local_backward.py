@@ -45,17 +45,27 @@ class Parts(NamedTuple):
 
 
 @triton.jit
-def _add_parts(
-    total, parts, bounds, point, block, head, num_points, places, inside,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+def _sum_of_parts(
+    parts, bounds, point, block, head, num_points, places, inside,
+    NUM_PLACES: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Adds to the gradients of tokens of a block what lies in their parts (H, points, D), if any."""
+    """What lies in the parts (H, points, D) of tokens of a block, if any.
+
+    Gradients begin with it: these loads are under way while the first tile is loaded.
+    """
+    total = tl.zeros([NUM_PLACES, BLOCK_D], tl.float32)
     if parts is not None:
         plane = parts + head * num_points * HEAD_DIM
         for i in tl.range(tl.load(bounds + block), tl.load(bounds + block + 1), num_stages=3):
             x = load_tokens(plane, tl.load(point + i) + places, inside, HEAD_DIM, HEAD_DIM, BLOCK_D)
             total += x.to(tl.float32)
     return total
+
+
+@triton.jit
+def _before_scaling(total, scale):
+    """What the scale is still to be multiplied with. Parts of gradients are 0 if the scale is."""
+    return total * tl.where(scale == 0, 0, 1 / scale)
 
 
 @triton.jit
@@ -84,6 +94,7 @@ def _query_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of queries, those with most keys first."""
+    tl.static_assert(BLOCK_Q % BLOCK_K == 0, "or keys behind the queries would be seen")
     tile, head, block, many, row, begin = tile_of_block(
         block_start, block_length, num_tiles, num_heads, num_blocks, length
     )
@@ -100,11 +111,10 @@ def _query_kernel(
         own_terms = terms + (head * num_tokens + row.to(tl.int64) * length + tokens) * 2
         query_lse = tl.load(own_terms, mask=inside, other=float("inf"))
         query_delta = tl.load(own_terms + 1, mask=inside, other=0)
-        # Parts first: their loads are under way while the first keys are loaded.
-        dq = _add_parts(
-            tl.zeros([BLOCK_Q, BLOCK_D], tl.float32),
-            parts, bounds, point, block, head, num_points, places, inside, HEAD_DIM, BLOCK_D,
-        ) * tl.where(scale == 0, 0, 1 / scale)  # fmt: skip
+        dq = _sum_of_parts(
+            parts, bounds, point, block, head, num_points, places, inside, BLOCK_Q, HEAD_DIM, BLOCK_D
+        )
+        dq = _before_scaling(dq, scale)
         lane = tl.arange(0, BLOCK_K)
         for k in range(0, first, BLOCK_K):
             dq = _query_step(
@@ -160,6 +170,7 @@ def _key_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values, those with most queries first."""
+    tl.static_assert(BLOCK_K % BLOCK_Q == 0, "or keys behind the queries would be seen")
     tile, kv_head, block, many, row, begin = tile_of_block(
         block_start, block_length, num_tiles, num_heads, num_blocks, length
     )
@@ -171,12 +182,12 @@ def _key_kernel(
         v_plane = block_plane(value, row, kv_head, begin, stride_vb, stride_vh, stride_vn)
         k = load_places(k_plane, places, inside, stride_kn, HEAD_DIM, BLOCK_D)
         v = load_places(v_plane, places, inside, stride_vn, HEAD_DIM, BLOCK_D)
-        nothing = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-        dk = _add_parts(
-            nothing, key_parts, bounds, point, block, kv_head, num_points, places, inside, HEAD_DIM, BLOCK_D
-        ) * tl.where(scale == 0, 0, 1 / scale)  # fmt: skip
-        dv = _add_parts(
-            nothing, value_parts, bounds, point, block, kv_head, num_points, places, inside, HEAD_DIM, BLOCK_D
+        dk = _sum_of_parts(
+            key_parts, bounds, point, block, kv_head, num_points, places, inside, BLOCK_K, HEAD_DIM, BLOCK_D
+        )
+        dk = _before_scaling(dk, scale)
+        dv = _sum_of_parts(
+            value_parts, bounds, point, block, kv_head, num_points, places, inside, BLOCK_K, HEAD_DIM, BLOCK_D
         )
         lane = tl.arange(0, BLOCK_Q)
         for group in range(GROUP_HEADS):

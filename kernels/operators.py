@@ -29,13 +29,20 @@ def reason_against_inputs(query: torch.Tensor) -> str | None:
     return None
 
 
-def reason_against_local_blocks(query: torch.Tensor, key: torch.Tensor, block: int) -> str | None:
-    """Why local blocks, which causal attention needs, cannot be served; None if they can."""
-    if max(query.stride(2), key.stride(2)) * block >= 1 << 31:
-        return f"a local block of {block} tokens spans more numbers than 32 bits can tell apart"
+def reason_against_local_blocks(query: torch.Tensor) -> str | None:
+    """Why the gradients of local blocks, which causal attention needs, cannot be had; None if they can."""
     if query.shape[3] > 128 and query.is_cuda and shared_memory_of(query.device) < _WIDE_BLOCKS:
         return f"with head_dim {query.shape[3]} causal attention takes more shared memory than this GPU has"
     return None
+
+
+def addressable(tensor: torch.Tensor, block: int) -> torch.Tensor:
+    """A tensor (B, H, N, D), or a copy of it with strides that kernels can work with.
+
+    Rows lie together, and offsets inside a block of tokens fit 32 bits.
+    """
+    fits = tensor.stride(3) == 1 and tensor.stride(2) * block < 1 << 31
+    return tensor if fits else tensor.contiguous()
 
 
 class AttentionOp:

@@ -2,7 +2,8 @@
 
 One program holds a tile of queries and passes twice over the summaries that it sees: first to find the
 largest logit and the score that a cluster needs to be retrieved, then for the softmax over the local part and
-all clusters that are not. Nothing of the size of queries times clusters is kept but a bit each.
+all clusters that are not. Where more clusters reach that score than are to be retrieved, it looks at some
+again. Nothing of the size of queries times clusters is kept but a bit each.
 
 WORDS, the words of such bits a query has, is 0 where nothing is retrieved.
 """
@@ -34,7 +35,10 @@ def _tile(
     q, half_square, threshold, top, k_at, spread_at, mass_at, j, seen, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_J: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Weights of a tile of clusters relative to 2^top, and which of them reach the threshold."""
+    """Weights of a tile of clusters relative to 2^top, and which of them reach the threshold.
+
+    Computed again from the same numbers in the same way, both have the same bits.
+    """
     exists = j + tl.arange(0, BLOCK_J) < seen
     k = load_summaries(k_at + j * HEAD_DIM, exists, HEAD_DIM, BLOCK_D)
     s = summary_logits(q, k, mass_at + j, exists, scale)
@@ -83,27 +87,27 @@ def _sum_surplus(
     q, half_square, threshold, o, total, top, k_at, v_at, spread_at, mass_at, chosen_at, inside, seen, scale,
     surplus, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_J: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """Add the last clusters that reach the threshold after all, where there is a surplus of them.
+    """Add the first clusters that reach the threshold after all, where there is a surplus of them.
 
-    Backwards from the last tile, and no further than to the last cluster that is to be retrieved.
+    These are the farthest from the query. No tile is looked at beyond the one in which the last surplus is.
     """
     place = tl.arange(0, BLOCK_J)
     bit = tl.full([BLOCK_J], 1, tl.int32) << place
-    j = (seen - 1) // BLOCK_J * BLOCK_J
-    while (j >= 0) & (tl.max(surplus, 0) > 0):
+    j = 0
+    while (j < seen) & (tl.max(surplus, 0) > 0):
         p, taken = _tile(
             q, half_square, threshold, top, k_at, spread_at, mass_at, j, seen, scale,
             HEAD_DIM, BLOCK_D, BLOCK_J, WORDS,
         )  # fmt: skip
-        many = tl.sum(taken.to(tl.int32), 1)
-        first = take_first(taken, many - surplus)
-        tl.store(chosen_at + j // 32, tl.sum(tl.where(first, bit[None, :], 0), 1), mask=inside)
-        p = tl.where(taken & ~first, p, 0)
+        given_back = take_first(taken, surplus)
+        kept = tl.sum(tl.where(taken & ~given_back, bit[None, :], 0), 1)
+        tl.store(chosen_at + j // 32, kept, mask=inside)
+        p = tl.where(given_back, p, 0)
         v = load_summaries(v_at + j * HEAD_DIM, j + place < seen, HEAD_DIM, BLOCK_D)
         o = tl.dot(p.to(v.dtype), v, o, input_precision="ieee")
         total += tl.sum(p, 1)
-        surplus = tl.maximum(surplus - many, 0)
-        j -= BLOCK_J
+        surplus -= tl.sum(given_back.to(tl.int32), 1)
+        j += BLOCK_J
     return o, total
 
 
@@ -160,9 +164,10 @@ def _forward_kernel(
             spread_at, mass_at, chosen_at, inside, seen, scale, HEAD_DIM, BLOCK_D, BLOCK_J, WORDS,
         )  # fmt: skip
         if WORDS > 0:
+            surplus = tl.where(inside, tl.maximum(found - num_retrieved, 0), 0)
             o, total = _sum_surplus(
                 q, half_square, threshold, o, total, top, k_at, v_at, spread_at, mass_at, chosen_at, inside,
-                seen, scale, tl.maximum(found - num_retrieved, 0), HEAD_DIM, BLOCK_D, BLOCK_J, WORDS,
+                seen, scale, surplus, HEAD_DIM, BLOCK_D, BLOCK_J, WORDS,
             )  # fmt: skip
         # Nothing is left of the sum where clusters that are to be retrieved have nearly all the mass.
         total = tl.maximum(total, 1e-37)

@@ -28,6 +28,8 @@ _PARTIAL_BYTES = 1 << 30
 _FORWARD = {"BLOCK_Q": 64, "num_warps": 4, "num_stages": 1}
 _PRECISE = {"BLOCK_Q": 16, "num_warps": 8, "num_stages": 1}
 _BACKWARD = {"BLOCK_Q": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 168}
+# For clusters of more than 64 keys, which fill the registers.
+_LARGE_BACKWARD = {"BLOCK_Q": 64, "num_warps": 8, "num_stages": 2}
 _WIDE_BACKWARD = {"BLOCK_Q": 32, "num_warps": 4, "num_stages": 3}
 _WIDEST_BACKWARD = {"BLOCK_Q": 32, "num_warps": 8, "num_stages": 2}
 # Programs that share the queries of a cluster in the forward pass.
@@ -321,7 +323,7 @@ def retrieve_backward(
     """
     num_retrieved = choice.shape[2]
     strides = token_strides(query, key, value, grad, *grads[1:])
-    settings = _backward_launch(query)
+    settings = _backward_launch(query, clusters.members.shape[2])
     for kv_heads in _parts(query, key, num_retrieved):
         partial = query.new_empty(len(kv_heads), items.order.shape[1], query.shape[3])
         launch(
@@ -339,11 +341,13 @@ def retrieve_backward(
 
 def shared_memory_for(query: torch.Tensor, capacity: int) -> int:
     """Bytes that `retrieve_backward`, which takes most, needs for keys, values, queries and gradients."""
-    settings = _backward_launch(query)
+    settings = _backward_launch(query, capacity)
     copies = 3 if _copies(query, capacity) else 2
     tiles = 2 * min(2, settings["num_stages"]) + 1  # of queries and gradients on their way in, and out
-    rows = copies * power_of_two(capacity) + tiles * settings["BLOCK_Q"]
-    return rows * power_of_two(query.shape[3]) * query.element_size() + 1024
+    members, queries = power_of_two(capacity), settings["BLOCK_Q"]
+    rows = copies * members + tiles * queries
+    weights = members * queries if members > 64 else 0  # whose gradients do not stay in registers
+    return (rows * power_of_two(query.shape[3]) + weights) * query.element_size() + 1024
 
 
 def _copies(query: torch.Tensor, capacity: int) -> bool:
@@ -351,7 +355,9 @@ def _copies(query: torch.Tensor, capacity: int) -> bool:
     return query.element_size() == 2 and capacity <= 64
 
 
-def _backward_launch(query: torch.Tensor) -> dict[str, int]:
+def _backward_launch(query: torch.Tensor, capacity: int) -> dict[str, int]:
+    if capacity > 64:
+        return choose_launch(query, _LARGE_BACKWARD, _WIDEST_BACKWARD, _PRECISE)
     wide = _WIDE_BACKWARD if query.shape[3] <= 128 else _WIDEST_BACKWARD
     return choose_launch(query, _BACKWARD, wide, _PRECISE)
 

@@ -3,7 +3,8 @@
 The score is the logit to second order, ℓ + ½ Σ_d δ_d² Var_d(k). Of all scores that fall on the same place of
 a tile, the four largest are kept. The r-th largest of what is kept is the threshold: it is the r-th largest
 score unless five of the r largest share a place. Then it is a little lower, more clusters than r reach it,
-and the first r of these are taken.
+and the last r of these, the nearest to the query, are taken. That is rare for few clusters, and why there may
+not be many: of independent normal scores it costs 0.01% of what the r largest weigh for 12, 0.9% for 48.
 """
 
 import torch
@@ -13,7 +14,7 @@ from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.layout import Layout
 from muse_hf.kernels.summaries import TILE
 
-MOST_RETRIEVED = 2 * TILE
+MOST_RETRIEVED = TILE
 # Scores this far below the largest of their query are not told apart, so none of them is retrieved.
 _RANGE = tl.constexpr(64.0)
 # One warp, whose threads need no barrier to know that all are done with a word.
@@ -87,7 +88,7 @@ def _list_kernel(
             lowest = word & -word
             # A power of two, whose exponent is the number of its bit.
             bit = ((lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
-            tl.store(to + found, first + w * 32 + bit, mask=word != 0)
+            tl.store(to + found, first + w * 32 + bit, mask=(word != 0) & (found < num_retrieved))
             found += (word != 0).to(tl.int32)
             word ^= lowest
     for rank in range(num_retrieved):

@@ -16,6 +16,7 @@ from muse_hf.kernels.local import local_forward
 from muse_hf.kernels.local_backward import local_backward
 from muse_hf.kernels.operators import (
     AttentionOp,
+    addressable,
     laid_out_like,
     reason_against_inputs,
     reason_against_local_blocks,
@@ -35,9 +36,7 @@ def reason_against(query: torch.Tensor, key: torch.Tensor, is_causal: bool, conf
         return 'they serve summaries="tilted" with num_retrieved=0'
     if is_causal and config.hierarchy != "dyadic":
         return 'they serve causal attention with summaries="tilted" and hierarchy="dyadic" only'
-    if is_causal and (reason := reason_against_local_blocks(query, key, config.local_block)):
-        return reason
-    return reason_against_inputs(query)
+    return reason_against_inputs(query) or (reason_against_local_blocks(query) if is_causal else None)
 
 
 def triton_tilted_attention(
@@ -59,7 +58,7 @@ def triton_tilted_attention(
     Returns:
         Output (B, H, Q, D) and logsumexp (B, H, Q) float32, zero outside the sequences.
     """
-    query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
+    query, key, value = (addressable(tensor, config.local_block) for tensor in (query, key, value))
     if sequences:
         longest = max(length for _, length in sequences)
         blocks = [config.local_block << level for level in range(num_levels(longest, config.local_block))]
@@ -201,7 +200,7 @@ def backward(
     part_lse, saved = (lse, saved) if levels is None else (saved[0], saved[1:])
     centroids, members, held, *saved = saved
     groups, summaries = Groups(*saved[:3]), Summaries(*saved[3:])
-    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    grad = addressable(grad, block)
     tensors = (query, key, value)
     if levels is None:
         grads = [tensor.new_empty(tensor.transpose(1, 2).shape).transpose(1, 2) for tensor in tensors]

@@ -34,7 +34,8 @@ from muse_hf.routing import check_windows, is_cross_attention, model_policy
 _OBSERVED_TOKENS = 256
 # Logits that exist at once while exact attention is computed a part of the queries at a time.
 _LOGITS = 1 << 25
-_TIMES = 3
+# How often attention is timed, and how many calls an accelerator gets each time.
+_TIMES, _IN_A_ROW = 3, 5
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class LayerProfile:
         config: The setting that was tried.
         output_error: For each head Σ|MuSe - exact|² / Σ|exact|² over all outputs of its attention.
         lse_bias: For each head the mean of MuSe's logsumexp of the logits minus the exact one, in nats.
-        exact_ms, muse_ms: Time of the forward attention call of one row, in milliseconds.
+        exact_ms, muse_ms: Time of attention on one row, in milliseconds: the forward call, or with_backward
+            the backward pass too.
         change: With MuSe in this layer alone, how much the model's loss rises, in nats per token; or, of a
             model without a next-token loss, Σ|MuSe - exact|² / Σ|exact|² of its last hidden states.
         harm: The same relative to the exact loss; or just the same.
@@ -276,7 +278,7 @@ class Comparison:
         self._settings = settings
         self._with_backward = with_backward
         self._sums: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        self._times: list[list[float]] = []
+        self._times: list[float] = []
 
     def add(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool, scale: float
@@ -293,15 +295,21 @@ class Comparison:
                 squared_error[setting] += _per_head((muse_output[:, :, part] - output).square())
                 bias[setting] += _per_head(muse_lse[:, :, part] - lse)
         self._sums.append((squared_error, squared_output, bias / query.shape[2]))
-        timed = [partial(exact_attention, **options), *calls]
+        if not self._times:
+            self._times = [self._time(partial(exact_attention, **options), tensors)]
+            self._times += [self._time(call, tensors) for call in calls]
+
+    def _time(self, call: Callable, tensors: tuple[torch.Tensor, ...]) -> float:
         if self._with_backward:
-            timed = [partial(_gradients, call) for call in timed]
-        self._times.append([milliseconds(partial(call, *tensors), query.device) for call in timed])
+            call = partial(_gradients, call)
+        if tensors[0].device.type != "cpu":
+            call(*tensors)  # which compiles kernels
+        return milliseconds(partial(call, *tensors), tensors[0].device, _IN_A_ROW)
 
     def profiles(self, layer: int, changes: Sequence["Change"]) -> list[LayerProfile]:
-        """One profile a setting, given what it changes in the model; medians of the rows' times."""
+        """One profile a setting, given what it changes in the model; times are those of the first row."""
         squared_error, squared_output, bias = (sum(rows) for rows in zip(*self._sums))
-        exact_ms, *muse_ms = (statistics.median(times) for times in zip(*self._times))
+        exact_ms, *muse_ms = self._times
         return [
             LayerProfile(
                 layer=layer,
@@ -384,18 +392,17 @@ def exact_parts(
         yield part, *(tensor.unflatten(0, shape).flatten(1, 2) for tensor in merged)
 
 
-def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Median time of a call.
+def milliseconds(call: Callable[[], Any], device: torch.device, in_a_row: int = 1) -> float:
+    """Median time of a call; call it once before, so that nothing is compiled while the clock runs.
 
-    Accelerators get one call before the clock runs, in which kernels are compiled, and then several in a row,
-    as layers follow each other: the host's time counts only where it is longer than the device's.
+    Args:
+        in_a_row: How many calls an accelerator gets at once. For parts of a model more than one, for they
+            follow each other: the host's time counts only where it is longer than the device's.
     """
     on_cpu = device.type == "cpu"
     synchronize = (lambda: None) if on_cpu else partial(torch.accelerator.synchronize, device)
-    in_a_row = 1 if on_cpu else 5
+    in_a_row = 1 if on_cpu else in_a_row
     times = []
-    if not on_cpu:
-        call()
     for _ in range(_TIMES):
         synchronize()
         start = time.perf_counter()

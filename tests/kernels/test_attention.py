@@ -29,7 +29,7 @@ def inputs(batch=1, heads=2, kv_heads=1, length=70, head_dim=16, dtype=torch.flo
         ({}, {}),
         ({"batch": 2, "heads": 1, "length": 48}, {"num_retrieved": 5}),
         ({"length": 39, "head_dim": 24}, {"cluster_size": 2, "kmeans_iters": 2, "cluster_cap": 2.0}),
-        ({"heads": 1, "length": 64}, {"num_retrieved": 100}),
+        ({"heads": 1, "length": 64}, {"num_retrieved": 64}),
         ({"heads": 1, "length": 40}, {"kmeans_iters": 0, "cluster_cap": 1.0}),
         ({"heads": 1, "length": 33, "head_dim": 80}, {"num_clusters": 1}),
         ({"length": 50}, {"num_retrieved": 0}),
@@ -61,13 +61,18 @@ def test_strided_inputs():
 
 
 @pytest.mark.parametrize("dtype", LOW)
-def test_low_precision_costs_no_more_than_in_pytorch(dtype):
+@pytest.mark.parametrize(
+    ("length", "changes"),
+    [(52, {}), (224, {"local_block": 96, "cluster_size": 48})],
+    ids=["small clusters", "clusters of more than 64 keys"],
+)
+def test_low_precision_costs_no_more_than_in_pytorch(length, changes, dtype):
     """With clusters and choices held equal, the error is at most twice that of the formula in PyTorch."""
-    *leaves, grad = inputs(heads=4, kv_heads=2, length=52, dtype=dtype)
-    config = CONFIG.replace(num_retrieved=3)
+    *leaves, grad = inputs(heads=4, kv_heads=2, length=length, dtype=dtype)
+    config = CONFIG.replace(num_retrieved=3, **changes)
     leaves = [tensor.requires_grad_() for tensor in leaves]
     scale, block = 0.25, config.local_block
-    settings = (scale, [0, 52], block, config.clusters_for(block), config.capacity_for(block), 1, 3)
+    settings = (scale, [0, length], block, config.clusters_for(block), config.capacity_for(block), 1, 3)
     with torch.no_grad():
         stages = attention.forward(*leaves, *settings)
     output, lse = attention.OP(*leaves, *settings)
@@ -160,6 +165,30 @@ def test_identical_keys_are_all_alike():
     torch.testing.assert_close(stages[0], mean, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("num_retrieved", [2, 7])
+def test_a_surplus_of_clusters_is_given_back(num_retrieved):
+    """Of more clusters of equal score than are to be retrieved, in several tiles, the last ones are taken."""
+    length, block, clusters = 112, 16, 8
+    query, key, value, _ = inputs(heads=1, length=length)
+    key = key[:, :, :1].expand_as(key)
+    stages = attention.forward(query, key, value, 0.25, [0, length], block, clusters, 3, 0, num_retrieved)
+    choice, count = stages[4][0].cpu(), stages[8][0].cpu()
+    for token in range(block, length):
+        seen = torch.arange(token // block * clusters)
+        expected = seen[count[seen] == 3][-num_retrieved:]
+        assert choice[token, : len(expected)].tolist() == expected.tolist(), f"token {token}"
+    mean = value.cumsum(2) / torch.arange(1, length + 1, device=value.device)[:, None]
+    torch.testing.assert_close(stages[0], mean, rtol=1e-5, atol=1e-6)
+
+
+def test_strides_beyond_32_bits_are_copied():
+    """Offsets inside a local block are of 32 bits."""
+    memory = torch.empty((1 << 27) + 8, dtype=torch.int8)
+    near, far = (memory.as_strided((1, 1, 2, 8), (0, 0, stride, 1)) for stride in (1 << 26, 1 << 27))
+    assert operators.addressable(near, 16) is near
+    assert operators.addressable(far, 16).stride(2) == 8
+
+
 def test_operators_are_declared_rightly():
     query, key, value, _ = inputs(length=40)
     leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
@@ -220,7 +249,6 @@ def test_what_does_not_fit_shared_memory_is_refused(monkeypatch, head_dim, clust
         dtype=torch.bfloat16,
         shape=(1, 1, 8192, head_dim),
         element_size=lambda: 2,
-        stride=lambda dimension: head_dim,
     )
     actual = attention.reason_against(query, query, True, MuseConfig(cluster_size=cluster_size))
     assert actual is None if reason is None else reason in actual

@@ -18,12 +18,16 @@ Or fine-tune on a task and compare the scores: the share of test rows whose whol
 Text no longer than local_block is attended exactly, so only longer prompts make a difference.
 Several processes: accelerate launch --num_processes 8 examples/finetune_lora.py ...
 
-Beside an adapter, in the folder `model`, is the config of its model, which says the layers that use MuSe:
+Each adapted model is saved with its tokenizer, so that `muse-hf evaluate runs/finetune/muse` opens what
+--full trained. Beside an adapter, in the folder `model`, is the config of its model, which says the layers
+that use MuSe:
 
     import muse_hf
     config = AutoConfig.from_pretrained("runs/finetune/muse/model")
     model = AutoModelForCausalLM.from_pretrained("path/to/model", config=config)
     model = PeftModel.from_pretrained(model, "runs/finetune/muse")
+    model.merge_and_unload().save_pretrained("merged")  # one model, for what does not know adapters
+    AutoTokenizer.from_pretrained("runs/finetune/muse").save_pretrained("merged")
 
 (PEFT loads the adapter: what `AutoModelForCausalLM.from_pretrained("runs/finetune/muse")` does for adapters
 leaves those of GPT-2 at their random start before Transformers 5.6.)
@@ -42,7 +46,7 @@ from accelerate.utils import GradientAccumulationPlugin, set_seed, tqdm
 from command_line import UsageError, exit_code, make_parser, next_free, option, parse
 from corpus import Corpus, read_files, text_files
 from finetune_data import Example, TaskArguments, task_examples, text_examples
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from plugin import muse_hf
 from pretrain_arguments import TextArguments
 from pretrained import PretrainedArguments, load_model, muse_policy, text_rows
@@ -50,7 +54,7 @@ from records import write_json
 from report import NAMES
 from texts import load_texts
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_schedule_with_warmup
 
 from muse_hf.models import transformers_model
 
@@ -147,8 +151,7 @@ def finetune(
     if accelerator.is_main_process:
         folder.mkdir(parents=True)
         if pretrained.model is None:
-            model.save_pretrained(folder / "base")
-            tokenizer.save_pretrained(folder / "base")
+            save(model, tokenizer, folder / "base")
     accelerator.wait_for_everyone()
     if pretrained.model is None:
         pretrained = dataclasses.replace(pretrained, model=str(folder / "base"))
@@ -158,7 +161,7 @@ def finetune(
         model, _ = load_model(pretrained, corpus, arguments.length)
         if attention == "muse":
             muse_hf.patch_model(model, config=policy)
-        results[attention] = adapt(arguments, accelerator, model, train, test, folder / attention)
+        results[attention] = adapt(arguments, accelerator, model, tokenizer, train, test, folder / attention)
     groups = (arguments, pretrained, texts, task)
     values = {name: value for group in groups for name, value in vars(group).items()}
     if accelerator.is_main_process:
@@ -179,6 +182,7 @@ def adapt(
     arguments: FinetuneArguments,
     accelerator: Accelerator,
     model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     train: list[Example],
     test: list[Example],
     folder: Path,
@@ -221,12 +225,18 @@ def adapt(
 
     after = measure(accelerator, model, test)
     if accelerator.is_main_process:
-        adapted = accelerator.unwrap_model(model)
-        adapted.save_pretrained(folder)
-        if not arguments.full:  # an adapter comes without one, and would no longer be taken for an adapter
-            transformers_model(adapted).config.save_pretrained(folder / "model")
+        save(accelerator.unwrap_model(model), tokenizer, folder)
     accelerator.free_memory()
     return {"before": before, "after": after}
+
+
+def save(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save a model, or its adapter, with the tokenizer it was trained with."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    if isinstance(model, PeftModel):
+        # An adapter comes without a config, and beside one would no longer be taken for an adapter.
+        transformers_model(model).config.save_pretrained(folder / "model")
 
 
 def endless_batches(

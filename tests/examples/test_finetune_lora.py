@@ -8,13 +8,17 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from muse_hf import cli
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import finetune_lora  # noqa: E402
+from corpus import Corpus  # noqa: E402
 from finetune_data import NO_LABEL, TaskArguments, task_examples  # noqa: E402
+from pretrained import PretrainedArguments, load_model  # noqa: E402
 
 from tests.models import byte_tokenizer, output_of, tiny_model, tokens  # noqa: E402
 
@@ -29,6 +33,7 @@ def folder(tmp_path_factory):
     for family in ("llama", "gpt2"):
         tiny_model(family, vocab_size=257).float().save_pretrained(path / family)
         byte_tokenizer().save_pretrained(path / family)
+    tiny_model("llama", vocab_size=257).float().save_pretrained(path / "llama_without_tokenizer")
     path.joinpath("text").mkdir()
     for name in range(40):
         path.joinpath(f"text/{name:02}.txt").write_text("What is said is said again. " * 8)
@@ -71,11 +76,24 @@ def test_an_adapter_reloads_with_its_policy(model, folder, tmp_path, capsys):
         loss = adapted(input_ids=ids, labels=ids).loss.item()
     assert loss == pytest.approx(saved["results"]["muse"]["after"]["loss"], abs=0.5)
 
+    merged = tmp_path / "merged"
+    adapted.merge_and_unload().save_pretrained(merged)
+    AutoTokenizer.from_pretrained(out / "muse").save_pretrained(merged)
+    assert policy_in_command_line(merged, folder, capsys)["layers"] == [0, -1]
+
 
 def reloaded(model, adapter):
     config = AutoConfig.from_pretrained(adapter / "model")
     base = AutoModelForCausalLM.from_pretrained(model, config=config)
     return PeftModel.from_pretrained(base, adapter).eval()
+
+
+def policy_in_command_line(model, folder, capsys) -> dict:
+    """What `muse-hf evaluate` takes for the policy of a saved model, whose tokenizer it is not told."""
+    capsys.readouterr()
+    command = ["evaluate", model, "--text", folder / "text", "--length", 64, "--device", "cpu", "--json"]
+    assert cli.main([str(word) for word in command]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)["policy"]
 
 
 def test_all_weights_and_a_task(folder, tmp_path, capsys):
@@ -89,13 +107,19 @@ def test_all_weights_and_a_task(folder, tmp_path, capsys):
         "{labels[text]}",
     ]
     how = ["--full", "--gradient_accumulation_steps", 2, "--gradient_checkpointing", "--layers", "all"]
-    assert run(folder, *task, *TINY, *MUSE, *how, "--output_dir", out) == 0
+    where = ["--output_dir", out, "--tokenizer", folder / "llama"]
+    assert run(folder, *task, *TINY, *MUSE, *how, *where, model="llama_without_tokenizer") == 0
     printed = capsys.readouterr().out
     assert "MuSe attention, score" in printed
     results = json.loads((out / "results.json").read_text())["results"]
     for attention in ("exact", "muse"):
         assert results[attention]["after"]["loss"] < 1.0 < results[attention]["before"]["loss"]
         assert results[attention]["after"]["score"] > results[attention]["before"]["score"]
+    for attention in ("exact", "muse"):
+        opened = PretrainedArguments(model=str(out / attention), device="cpu")
+        _, tokenizer = load_model(opened, Corpus([]), 64)
+        assert tokenizer.get_vocab() == byte_tokenizer().get_vocab(), attention
+    assert policy_in_command_line(out / "muse", folder, capsys)["num_retrieved"] == 2
     model = AutoModelForCausalLM.from_pretrained(out / "muse")
     assert model.config._attn_implementation == "muse"
     base = AutoModelForCausalLM.from_pretrained(folder / "llama")

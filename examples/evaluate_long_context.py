@@ -35,7 +35,7 @@ from long_context_report import (
 from long_context_tasks import continuation, make_tasks, prefill, score
 from plugin import muse_hf
 from pretrain_arguments import TextArguments
-from pretrained import PretrainedArguments, load_model, muse_policy, text_rows
+from pretrained import PretrainedArguments, load_model, muse_policy, text_rows, use_attention
 from records import append_rows, write_json
 from texts import load_texts
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -139,10 +139,7 @@ def measure(
     policy: muse_hf.MuseConfig | None,
 ) -> Result:
     """Measure a model with exact attention, or under a policy, on text (samples, longest length)."""
-    if policy is None:
-        muse_hf.unpatch_model(model)
-    else:
-        muse_hf.patch_model(model, config=policy)
+    use_attention(model, policy)
     attention = "exact" if policy is None else "muse"
     tasks = list(
         make_tasks(tokenizer, rows.flatten().tolist(), arguments.lengths, arguments.depths, arguments.samples)

@@ -1,8 +1,9 @@
 """Adapt a pretrained model to MuSe attention with LoRA (PEFT), on Accelerate, and see what gap remains.
 
-The same training is done twice, with exact and with MuSe attention, on the same batches: the loss of either
-before and after says what MuSe costs, and how much of that training repairs. Without arguments it makes a
-small model from Python's standard library and takes about two minutes on two cores.
+The same training is done twice, with exact and with MuSe attention, on the same batches, and what comes of
+either is evaluated with both: that says what MuSe costs before and after, and whether what is left of the gap
+comes from training with the approximation or from evaluating with it. Without arguments it makes a small
+model from Python's standard library and takes about two minutes on two cores.
 
     python examples/finetune_lora.py --model path/to/model --text my_folder --length 32768 --steps 200 \\
         --mixed_precision bf16 --layers all
@@ -38,7 +39,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -49,7 +50,7 @@ from finetune_data import Example, TaskArguments, task_examples, text_examples
 from peft import LoraConfig, PeftModel, get_peft_model
 from plugin import muse_hf
 from pretrain_arguments import TextArguments
-from pretrained import PretrainedArguments, load_model, muse_policy, text_rows
+from pretrained import PretrainedArguments, load_model, muse_policy, text_rows, use_attention
 from records import write_json
 from report import NAMES
 from texts import load_texts
@@ -58,7 +59,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_cosine_sc
 
 from muse_hf.models import transformers_model
 
-TIMES = ("before", "after")
+# What is evaluated, each with both attentions: the keys of the results, and their titles.
+ROWS = {"before": "before training"} | {
+    f"trained_with_{attention}": f"trained with {name}" for attention, name in NAMES.items()
+}
 
 
 @dataclass
@@ -120,7 +124,7 @@ def parse_arguments(
 def finetune(
     arguments: FinetuneArguments, pretrained: PretrainedArguments, texts: TextArguments, task: TaskArguments
 ) -> None:
-    """Adapt with exact and with MuSe attention, and report."""
+    """Adapt with exact and with MuSe attention, evaluate either with both, and report."""
     accelerator = Accelerator(
         mixed_precision=arguments.mixed_precision,
         # A step is always the mean of the same number of rows, also across the end of the data.
@@ -135,16 +139,7 @@ def finetune(
     corpus = load_texts(texts)
     model, tokenizer = load_model(pretrained, corpus, arguments.length)
     needed = arguments.steps * arguments.gradient_accumulation_steps * accelerator.num_processes
-    if task.task_file or task.task_dataset:
-        train, test = task_examples(task, tokenizer, arguments.length, needed)
-    else:
-        train, test = (
-            text_examples(text_rows(part, tokenizer, arguments.length, count, needed=1))
-            for part, count in (
-                (corpus.texts(held_out=False), needed),
-                (test_texts(arguments.test_text, corpus), arguments.test_windows),
-            )
-        )
+    train, test = train_and_test(arguments, task, corpus, tokenizer, needed)
     calibration = torch.cat([example.input_ids for example in train])[None, : arguments.length]
     policy = muse_policy(pretrained, model, calibration)
     accelerator.wait_for_everyone()
@@ -156,12 +151,21 @@ def finetune(
     if pretrained.model is None:
         pretrained = dataclasses.replace(pretrained, model=str(folder / "base"))
 
-    results = {}
-    for attention in NAMES:
+    policies = {"exact": None, "muse": policy}
+    results: dict[str, dict[str, dict[str, float]]] = {row: {} for row in ROWS}
+    for trained in NAMES:
+        del model  # one at a time on the device
+        accelerator.free_memory()
         model, _ = load_model(pretrained, corpus, arguments.length)
-        if attention == "muse":
-            muse_hf.patch_model(model, config=policy)
-        results[attention] = adapt(arguments, accelerator, model, tokenizer, train, test, folder / attention)
+        use_attention(model, policies[trained])
+        results["before"][f"evaluated_with_{trained}"] = measure(accelerator, model, test)
+        model = adapt(arguments, accelerator, model, train, NAMES[trained])
+        if accelerator.is_main_process:
+            save(accelerator.unwrap_model(model), tokenizer, folder / trained)
+        for evaluated in NAMES:
+            use_attention(model, policies[evaluated])
+            after = measure(accelerator, model, test)
+            results[f"trained_with_{trained}"][f"evaluated_with_{evaluated}"] = after
     groups = (arguments, pretrained, texts, task)
     values = {name: value for group in groups for name, value in vars(group).items()}
     if accelerator.is_main_process:
@@ -169,6 +173,22 @@ def finetune(
         write_json(folder / "results.json", settings | {"results": results})
         print(report(results))
         print(f"\nadapted models: {folder / 'exact'}, {folder / 'muse'}")
+
+
+def train_and_test(
+    arguments: FinetuneArguments,
+    task: TaskArguments,
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    needed: int,
+) -> tuple[list[Example], list[Example]]:
+    """Examples of the task or else of text: at most `needed` to train on, and those to test on."""
+    if task.task_file or task.task_dataset:
+        return task_examples(task, tokenizer, arguments.length, needed)
+    train = text_rows(corpus.texts(held_out=False), tokenizer, arguments.length, needed, needed=1)
+    texts = test_texts(arguments.test_text, corpus)
+    test = text_rows(texts, tokenizer, arguments.length, arguments.test_windows, needed=1)
+    return text_examples(train), text_examples(test)
 
 
 def test_texts(paths: list[str] | None, corpus: Corpus) -> Iterator[str]:
@@ -182,14 +202,11 @@ def adapt(
     arguments: FinetuneArguments,
     accelerator: Accelerator,
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
     train: list[Example],
-    test: list[Example],
-    folder: Path,
-) -> dict[str, dict[str, float]]:
-    """Train a model, save it or its adapter, and return what it reaches before and after."""
+    title: str,
+) -> torch.nn.Module:
+    """Train a model, or an adapter for it, and return it in its wrappers."""
     set_seed(arguments.seed)
-    before = measure(accelerator, model, test)
     if not arguments.full:
         lora = LoraConfig(
             task_type="CAUSAL_LM",
@@ -207,7 +224,7 @@ def adapt(
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
 
     model.train()
-    bar = tqdm(total=arguments.steps, desc=f"{folder.name} attention", unit="step")
+    bar = tqdm(total=arguments.steps, desc=title, unit="step")
     batches = endless_batches(accelerator, train, arguments.seed)
     for _ in range(arguments.steps * arguments.gradient_accumulation_steps):
         with accelerator.accumulate(model):
@@ -222,12 +239,7 @@ def adapt(
             bar.update()
             bar.set_postfix_str(f"loss {loss.item():.4f}")
     bar.close()
-
-    after = measure(accelerator, model, test)
-    if accelerator.is_main_process:
-        save(accelerator.unwrap_model(model), tokenizer, folder)
-    accelerator.free_memory()
-    return {"before": before, "after": after}
+    return model
 
 
 def save(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -275,17 +287,27 @@ def measure(accelerator: Accelerator, model: torch.nn.Module, test: list[Example
     return {"loss": torch.cat(losses).double().mean().item()} | score
 
 
-def report(results: dict[str, dict[str, dict[str, Any]]]) -> str:
-    """Losses, the gap between them, and scores, before and after."""
-    rows = {"": [f"{time:>12}" for time in TIMES]}
-    for attention, name in NAMES.items():
-        rows[f"{name}, loss"] = [f"{results[attention][time]['loss']:12.4f}" for time in TIMES]
-    gaps = (results["muse"][time]["loss"] / results["exact"][time]["loss"] - 1 for time in TIMES)
-    rows["MuSe relative to exact"] = [f"{gap:+12.2%}" for gap in gaps]
-    for attention, name in NAMES.items():
-        if "score" in results[attention]["after"]:
-            rows[f"{name}, score"] = [f"{results[attention][time]['score']:12.1%}" for time in TIMES]
-    return "\n".join(f"{title:24}" + "".join(cells) for title, cells in rows.items())
+def report(results: dict[str, dict[str, dict[str, float]]]) -> str:
+    """A table of losses, and of a task one of scores: rows say what trained, columns what evaluates."""
+    return "\n\n".join(table(results, name) for name in results["before"]["evaluated_with_exact"])
+
+
+def table(results: dict[str, dict[str, dict[str, float]]], name: str) -> str:
+    """The losses or the scores, and how far MuSe attention is from exact attention in each row."""
+    rows = {
+        ROWS[row]: [measured[f"evaluated_with_{attention}"][name] for attention in NAMES]
+        for row, measured in results.items()
+    }
+    rows["each as it was trained"] = [
+        results[f"trained_with_{attention}"][f"evaluated_with_{attention}"][name] for attention in NAMES
+    ]
+    number, gap = (".4f", "MuSe relative to exact") if name == "loss" else (".1%", "MuSe minus exact")
+    exact, muse = NAMES.values()
+    lines = [f"{name + ', evaluated with':30}{exact:>17}{muse:>17}{gap:>25}"]
+    for title, (exact, muse) in rows.items():
+        gap = muse / exact - 1 if name == "loss" else muse - exact
+        lines.append(f"{title:30}{exact:17{number}}{muse:17{number}}{gap:+25.2%}")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

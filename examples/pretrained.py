@@ -122,3 +122,11 @@ def muse_policy(
     policy = model_policy(model.config)
     muse_hf.unpatch_model(model)
     return policy
+
+
+def use_attention(model: torch.nn.Module, policy: muse_hf.MuseConfig | None) -> None:
+    """Let a model, also inside a PEFT or parallel wrapper, attend by a policy, or exactly."""
+    if policy is None:
+        muse_hf.unpatch_model(model)
+    else:
+        muse_hf.patch_model(model, config=policy)

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from accelerate.state import AcceleratorState, GradientState
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from muse_hf import cli
+from muse_hf import MuseConfig, cli, patch_model, token_losses, unpatch_model
+from muse_hf.models import transformers_model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
@@ -55,29 +57,33 @@ def run(folder, *arguments, model="llama") -> int:
 @pytest.mark.parametrize("model", ["llama", "gpt2"])
 def test_an_adapter_reloads_with_its_policy(model, folder, tmp_path, capsys):
     out = tmp_path / "out"
-    where = ["--text", folder / "text", "--output_dir", out, "--layers", "0,-1"]
+    test_text = folder / "text/00.txt"
+    where = ["--text", folder / "text", "--test_text", test_text, "--output_dir", out, "--layers", "0,-1"]
     assert run(folder, *where, *TINY, *MUSE, model=model) == 0
     saved = json.loads((out / "results.json").read_text())
+    results = saved["results"]
+    assert finetune_lora.report(results) in capsys.readouterr().out
     for attention in ("exact", "muse"):
-        result = saved["results"][attention]
-        assert result["after"]["loss"] < result["before"]["loss"] - 0.5, (
-            f"{attention} does not learn: {result}"
-        )
-    printed = capsys.readouterr().out
-    assert "MuSe relative to exact" in printed
-    assert "score" not in printed
+        by = f"evaluated_with_{attention}"
+        before, after = results["before"][by]["loss"], results[f"trained_with_{attention}"][by]["loss"]
+        assert after < before - 0.5, f"{attention} attention does not learn: {before:.3f}, then {after:.3f}"
 
     adapted, exact = (reloaded(folder / model, out / attention) for attention in ("muse", "exact"))
     assert (adapted.config._attn_implementation, adapted.config.muse) == ("muse", saved["muse"])
     assert adapted.config.muse["layers"] == [0, -1]
     assert exact.config._attn_implementation == "sdpa"
-    ids = torch.tensor([byte_tokenizer()("What is said is said again. " * 3)["input_ids"][:64]])
-    with torch.no_grad():
-        loss = adapted(input_ids=ids, labels=ids).loss.item()
-    assert loss == pytest.approx(saved["results"]["muse"]["after"]["loss"], abs=0.5)
+    ids = torch.tensor(byte_tokenizer()(test_text.read_text())["input_ids"][:128]).view(2, 64)
+    for trained, reopened in (("muse", adapted), ("exact", exact)):
+        patch_model(reopened, config=MuseConfig.from_dict(saved["muse"]))
+        muse_loss = token_losses(reopened, ids).mean().item()
+        unpatch_model(reopened)
+        exact_loss = token_losses(reopened, ids).mean().item()
+        losses = {name: result["loss"] for name, result in results[f"trained_with_{trained}"].items()}
+        expected = {"evaluated_with_exact": exact_loss, "evaluated_with_muse": muse_loss}
+        assert losses == pytest.approx(expected, rel=1e-4), f"trained with {trained}, as saved: {expected}"
 
     merged = tmp_path / "merged"
-    adapted.merge_and_unload().save_pretrained(merged)
+    reloaded(folder / model, out / "muse").merge_and_unload().save_pretrained(merged)
     AutoTokenizer.from_pretrained(out / "muse").save_pretrained(merged)
     assert policy_in_command_line(merged, folder, capsys)["layers"] == [0, -1]
 
@@ -109,13 +115,12 @@ def test_all_weights_and_a_task(folder, tmp_path, capsys):
     how = ["--full", "--gradient_accumulation_steps", 2, "--gradient_checkpointing", "--layers", "all"]
     where = ["--output_dir", out, "--tokenizer", folder / "llama"]
     assert run(folder, *task, *TINY, *MUSE, *how, *where, model="llama_without_tokenizer") == 0
-    printed = capsys.readouterr().out
-    assert "MuSe attention, score" in printed
     results = json.loads((out / "results.json").read_text())["results"]
     for attention in ("exact", "muse"):
-        assert results[attention]["after"]["loss"] < 1.0 < results[attention]["before"]["loss"]
-        assert results[attention]["after"]["score"] > results[attention]["before"]["score"]
-    for attention in ("exact", "muse"):
+        by = f"evaluated_with_{attention}"
+        before, after = results["before"][by], results[f"trained_with_{attention}"][by]
+        assert after["loss"] < 1.0 < before["loss"]
+        assert after["score"] > before["score"]
         opened = PretrainedArguments(model=str(out / attention), device="cpu")
         _, tokenizer = load_model(opened, Corpus([]), 64)
         assert tokenizer.get_vocab() == byte_tokenizer().get_vocab(), attention
@@ -126,6 +131,59 @@ def test_all_weights_and_a_task(folder, tmp_path, capsys):
     assert not torch.allclose(output_of(model, tokens(8)), output_of(base, tokens(8)), atol=0.1)
 
 
+def test_both_models_are_evaluated_with_both_attentions_once(folder, tmp_path, monkeypatch):
+    """And of several models no two are held at a time."""
+    loaded, evaluated = [], []
+
+    def load_alone(*arguments):
+        assert all(earlier() is None for earlier in loaded), "a model is loaded while an earlier one is held"
+        model, tokenizer = load_model(*arguments)
+        loaded.append(weakref.ref(model))
+        return model, tokenizer
+
+    def measure(_, model, test):
+        evaluated.append(
+            (isinstance(model, PeftModel), transformers_model(model).config._attn_implementation)
+        )
+        return {"loss": len(evaluated)}
+
+    monkeypatch.setattr(finetune_lora, "load_model", load_alone)
+    monkeypatch.setattr(finetune_lora, "measure", measure)
+    out = tmp_path / "out"
+    assert run(folder, "--text", folder / "text", "--output_dir", out, *TINY, *MUSE, "--steps", 1) == 0
+    once_for_exact = [(False, "sdpa"), (True, "sdpa"), (True, "muse")]
+    once_for_muse = [(False, "muse"), (True, "sdpa"), (True, "muse")]
+    assert evaluated == once_for_exact + once_for_muse, "(has an adapter, attention) of each evaluation"
+    assert json.loads((out / "results.json").read_text())["results"] == {
+        "before": {"evaluated_with_exact": {"loss": 1}, "evaluated_with_muse": {"loss": 4}},
+        "trained_with_exact": {"evaluated_with_exact": {"loss": 2}, "evaluated_with_muse": {"loss": 3}},
+        "trained_with_muse": {"evaluated_with_exact": {"loss": 5}, "evaluated_with_muse": {"loss": 6}},
+    }
+
+
+def test_the_report_has_a_row_for_what_trained_and_a_column_for_what_evaluates():
+    def by(exact, muse):
+        return {
+            "evaluated_with_exact": {"loss": exact, "score": exact / 10},
+            "evaluated_with_muse": {"loss": muse, "score": muse / 10},
+        }
+
+    results = {"before": by(4, 5), "trained_with_exact": by(2, 3), "trained_with_muse": by(2.5, 2.4)}
+    losses, scores = finetune_lora.report(results).split("\n\n")
+    assert [line.split()[-3:] for line in losses.splitlines()[1:]] == [
+        ["4.0000", "5.0000", "+25.00%"],
+        ["2.0000", "3.0000", "+50.00%"],
+        ["2.5000", "2.4000", "-4.00%"],
+        ["2.0000", "2.4000", "+20.00%"],
+    ], losses
+    assert [line.split()[-3:] for line in scores.splitlines()[1:]] == [
+        ["40.0%", "50.0%", "+10.00%"],
+        ["20.0%", "30.0%", "+10.00%"],
+        ["25.0%", "24.0%", "-1.00%"],
+        ["20.0%", "24.0%", "+4.00%"],
+    ], scores
+
+
 def test_the_loss_is_of_the_test_text_if_one_is_named(folder, tmp_path):
     """Text unlike the training text: learning the one says nothing of the other."""
     for name, text in (("like", "What is said is said again. " * 40), ("unlike", "0123456789" * 120)):
@@ -133,7 +191,9 @@ def test_the_loss_is_of_the_test_text_if_one_is_named(folder, tmp_path):
         where = ["--text", folder / "text", "--test_text", tmp_path / f"{name}.txt"]
         assert run(folder, *where, "--output_dir", tmp_path / name, *TINY, *MUSE) == 0
     like, unlike = (
-        json.loads((tmp_path / name / "results.json").read_text())["results"]["exact"]["after"]["loss"]
+        json.loads((tmp_path / name / "results.json").read_text())["results"]["trained_with_exact"][
+            "evaluated_with_exact"
+        ]["loss"]
         for name in ("like", "unlike")
     )
     assert like < unlike - 1, f"loss of text like the training text {like:.2f}, of other text {unlike:.2f}"

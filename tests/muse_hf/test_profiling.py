@@ -163,7 +163,7 @@ def costs(monkeypatch):
     """
     timed = []
 
-    def milliseconds(call, device):
+    def milliseconds(call, device, in_a_row):
         timed.append(call.func)
         attention = call.args[0] if call.func is _gradients else call
         config = attention.keywords.get("config")

@@ -90,7 +90,9 @@ def parse_arguments(argv: list[str] | None, description: str) -> Arguments:
     parser = make_parser((ShapeArguments, MuseArguments, RunArguments), "benchmark_attention.py", description)
     shape, muse, run = parse(parser, argv)
     for group in (shape, muse, run):
-        check_numbers(dataclasses.asdict(group), may_be_zero={"num_retrieved", "kmeans_iters"})
+        check_numbers(
+            dataclasses.asdict(group), may_be_zero={"num_retrieved", "retrieval_threshold", "kmeans_iters"}
+        )
     on_gpu = torch.cuda.is_available() if run.device is None else run.device == "cuda"
     if on_gpu and not torch.cuda.is_available():
         raise UsageError("--device cuda: PyTorch finds no CUDA device.")

@@ -67,7 +67,7 @@ def _as_reference(case: Case, part: Sequence[torch.Tensor]) -> float:
 def _exact_if_all_is_retrieved(case: Case, part: Sequence[torch.Tensor]) -> float:
     """The limit case: with all clusters retrieved MuSe is exact attention."""
     causal = case.shape.causal
-    config = case.config.replace(num_retrieved=part[0].shape[2])
+    config = case.config.replace(num_retrieved=part[0].shape[2], retrieval_threshold=0.0)
 
     def exact(*leaves: torch.Tensor) -> torch.Tensor:
         return exact_attention(*leaves, is_causal=causal)

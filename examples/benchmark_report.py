@@ -20,6 +20,7 @@ Row = Mapping[str, Any]
 _SHAPE = ["batch", "heads", "kv_heads", "seq_len", "head_dim", "causal"]
 _SETTING = [
     "summaries", "hierarchy", "multipole", "query_centroids", "num_clusters", "cluster_size", "num_retrieved",
+    "retrieval_threshold",
     "local_block", "kmeans_iters", "cluster_cap", "backend",
 ]  # fmt: skip
 COLUMNS = [

@@ -43,6 +43,9 @@ class MuseOptions:
     num_retrieved: int | None = option(
         None, "Clusters that every query attends to exactly; more is slower and closer to exact."
     )
+    retrieval_threshold: float | None = option(
+        None, "Share of a query's attention that the summary of a retrieved cluster has to miss."
+    )
     summaries: Literal["plain", "tilted"] | None = option(
         None, "Clusters summed up by their means, or weighted for groups of similar queries."
     )

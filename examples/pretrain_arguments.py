@@ -24,6 +24,7 @@ MAY_BE_ZERO = {
     "weight_decay",
     "seed",
     "num_retrieved",
+    "retrieval_threshold",
     "kmeans_iters",
     "monitor_every",
     "num_workers",

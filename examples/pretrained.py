@@ -45,6 +45,9 @@ class PretrainedArguments:
     )
     max_loss_increase: float = option(0.002, "Budget of --layers auto, relative to the loss.")
     num_retrieved: int | None = option(None, "Clusters each query attends to exactly.")
+    retrieval_threshold: float | None = option(
+        None, "Share of a query's attention that the summary of a retrieved cluster has to miss."
+    )
     cluster_size: int | None = option(None, "Mean number of keys in a cluster.")
     local_block: int | None = option(None, "Tokens attended exactly around each token.")
     min_length: int | None = option(
@@ -106,7 +109,7 @@ def muse_policy(
     Args:
         calibration: Tokens (rows, length) for `--layers auto`.
     """
-    fields = ("num_retrieved", "cluster_size", "local_block", "min_length")
+    fields = ("num_retrieved", "retrieval_threshold", "cluster_size", "local_block", "min_length")
     given = {name: value for name in fields if (value := getattr(arguments, name)) is not None}
     layers, options = arguments.layers, {}
     if layers == "auto":

@@ -61,7 +61,7 @@ def triton_attention(
     query, key, value = (addressable(tensor, block) for tensor in (query, key, value))
     return OP(
         query, key, value, scale, [*chain.from_iterable(sequences)], block, config.clusters_for(block),
-        config.capacity_for(block), config.kmeans_iters, config.num_retrieved,
+        config.capacity_for(block), config.kmeans_iters, config.num_retrieved, config.retrieval_threshold,
     )  # fmt: skip
 
 
@@ -76,6 +76,7 @@ def forward(
     capacity: int,
     kmeans_iters: int,
     num_retrieved: int,
+    threshold: float,
 ) -> list[torch.Tensor]:
     """Output, logsumexp as kernels and as users index it, and what else the backward pass needs.
 
@@ -91,7 +92,9 @@ def forward(
     if layout.outside is not None:  # λ = ∞ makes all weights and so all gradients zero
         output.zero_()
         lse.fill_(torch.inf)
-    chosen = refine(query, clusters, layout, local, local_lse, output, lse, scale, num_retrieved, block)
+    chosen = refine(
+        query, clusters, layout, local, local_lse, output, lse, scale, num_retrieved, threshold, block
+    )
     choice = list_choice(chosen, layout, num_retrieved, block)
     items = sort_items(choice.view(key.shape[1], choice.numel() // key.shape[1]), clusters.count.shape[1])
     retrieve(query, key, value, clusters, choice, items, output, lse, scale)
@@ -102,7 +105,9 @@ def forward(
     return [output, lse, row_lse, chosen, choice, *items, *clusters]
 
 
-def fake(query, key, value, scale, sequences, block, clusters_per_block, capacity, iters, num_retrieved):
+def fake(
+    query, key, value, scale, sequences, block, clusters_per_block, capacity, iters, num_retrieved, threshold
+):
     batch, heads, length, head_dim = query.shape
     kv_heads, tokens = key.shape[1], batch * length
     num_clusters, max_seen = count_clusters(sequences, block, clusters_per_block)

@@ -3,7 +3,8 @@
 One program holds a tile of queries and passes twice over the summaries that it sees: first to find the
 largest logit and the score that a cluster needs to be retrieved, then for the softmax over the local part and
 all clusters that are not. Where more clusters reach that score than are to be retrieved, it looks at some
-again. Nothing of the size of queries times clusters is kept but a bit each.
+again. With a threshold, a cluster has to miss a share of the query's attention too: what second order adds to
+its weight. Nothing of the size of queries times clusters is kept but a bit each.
 
 WORDS, the words of such bits a query has, is 0 where nothing is retrieved.
 """
@@ -32,12 +33,17 @@ def _score_of(half_square, spread, s):
 
 @triton.jit
 def _tile(
-    q, half_square, threshold, top, k_at, spread_at, mass_at, j, seen, scale,
+    q, half_square, least_score, least_missed, top, k_at, spread_at, mass_at, j, seen, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_J: tl.constexpr, WORDS: tl.constexpr,
+    THRESHOLD: tl.constexpr,
 ):  # fmt: skip
-    """Weights of a tile of clusters relative to 2^top, and which of them reach the threshold.
+    """Weights of a tile of clusters relative to 2^top, and which of them are wanted for retrieval.
 
     Computed again from the same numbers in the same way, both have the same bits.
+
+    Args:
+        least_score: Score (BLOCK_Q,) that a cluster needs.
+        least_missed: With a THRESHOLD, weight that its summary has to miss.
     """
     exists = j + tl.arange(0, BLOCK_J) < seen
     k = load_summaries(k_at + j * HEAD_DIM, exists, HEAD_DIM, BLOCK_D)
@@ -46,30 +52,35 @@ def _tile(
     taken = s >= float("inf")
     if WORDS > 0:
         spread = load_summaries(spread_at + j * HEAD_DIM, exists, HEAD_DIM, BLOCK_D)
-        taken = _score_of(half_square, spread, s) >= threshold[:, None]
+        score = _score_of(half_square, spread, s)
+        taken = score >= least_score[:, None]
+        if THRESHOLD:
+            taken = taken & (tl.exp2(score * LOG2_E - top[:, None]) - p >= least_missed[:, None])
     return p, taken
 
 
 @triton.jit
 def _sum_kept(
-    q, half_square, threshold, o, total, top, k_at, v_at, spread_at, mass_at, chosen_at, inside, seen, scale,
+    q, half_square, least_score, least_missed, o, total, top, k_at, v_at, spread_at, mass_at, chosen_at,
+    inside, seen, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_J: tl.constexpr, WORDS: tl.constexpr,
+    THRESHOLD: tl.constexpr,
 ):  # fmt: skip
-    """Add all clusters below the threshold to the local part, and write down those that reach it.
+    """Add all clusters that are not wanted for retrieval to the local part, and write down those that are.
 
     Args:
         o, total: Numerator (BLOCK_Q, BLOCK_D) and denominator of the local part, relative to 2^top.
 
     Returns:
-        Numerator, denominator, and how many clusters reach the threshold.
+        Numerator, denominator, and how many clusters are wanted.
     """
     place = tl.arange(0, BLOCK_J)
     bit = tl.full([BLOCK_J], 1, tl.int32) << place
     found = tl.zeros(top.shape, tl.int32)
     for j in range(0, seen, BLOCK_J):
         p, taken = _tile(
-            q, half_square, threshold, top, k_at, spread_at, mass_at, j, seen, scale,
-            HEAD_DIM, BLOCK_D, BLOCK_J, WORDS,
+            q, half_square, least_score, least_missed, top, k_at, spread_at, mass_at, j, seen, scale,
+            HEAD_DIM, BLOCK_D, BLOCK_J, WORDS, THRESHOLD,
         )  # fmt: skip
         if WORDS > 0:
             word = tl.sum(tl.where(taken, bit[None, :], 0), 1)
@@ -84,10 +95,12 @@ def _sum_kept(
 
 @triton.jit
 def _sum_surplus(
-    q, half_square, threshold, o, total, top, k_at, v_at, spread_at, mass_at, chosen_at, inside, seen, scale,
-    surplus, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_J: tl.constexpr, WORDS: tl.constexpr,
+    q, half_square, least_score, least_missed, o, total, top, k_at, v_at, spread_at, mass_at, chosen_at,
+    inside, seen, scale, surplus,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_J: tl.constexpr, WORDS: tl.constexpr,
+    THRESHOLD: tl.constexpr,
 ):  # fmt: skip
-    """Add the first clusters that reach the threshold after all, where there is a surplus of them.
+    """Add the first clusters that are wanted for retrieval after all, where there is a surplus of them.
 
     These are the farthest from the query. No tile is looked at beyond the one in which the last surplus is.
     """
@@ -96,8 +109,8 @@ def _sum_surplus(
     j = 0
     while (j < seen) & (tl.max(surplus, 0) > 0):
         p, taken = _tile(
-            q, half_square, threshold, top, k_at, spread_at, mass_at, j, seen, scale,
-            HEAD_DIM, BLOCK_D, BLOCK_J, WORDS,
+            q, half_square, least_score, least_missed, top, k_at, spread_at, mass_at, j, seen, scale,
+            HEAD_DIM, BLOCK_D, BLOCK_J, WORDS, THRESHOLD,
         )  # fmt: skip
         given_back = take_first(taken, surplus)
         kept = tl.sum(tl.where(taken & ~given_back, bit[None, :], 0), 1)
@@ -116,9 +129,9 @@ def _forward_kernel(
     query, key_mean, value_mean, key_variance, log_mass, block_start, block_length, first_cluster, num_seen,
     local, local_lse, output, lse, chosen,
     stride_qb, stride_qh, stride_qn, stride_lb, stride_lh, stride_ln, stride_ob, stride_oh, stride_on,
-    length, num_tokens, num_clusters, num_retrieved, scale,
+    length, num_tokens, num_clusters, num_retrieved, threshold, scale,
     GROUP_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr, WORDS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr, WORDS: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of queries of a head, the late blocks first: they see most."""
     tile, head = tl.program_id(0), tl.program_id(1)
@@ -140,34 +153,39 @@ def _forward_kernel(
         spread_at = rows_at(key_variance, clusters, HEAD_DIM, BLOCK_D)
         mass_at = log_mass + clusters
 
+        # The local part starts the sum: every query attends to itself, so its logsumexp is finite.
+        local_top = tl.load(local_lse + row, mask=inside, other=0) * LOG2_E
         least = tl.full([BLOCK_Q, BLOCK_J], -float("inf"), tl.float32)
         largest, kept = least, (least, least, least, least)
+        far = tl.zeros([BLOCK_Q], tl.float32)  # weights of summaries, in units of the local part's
         for j in range(0, seen, BLOCK_J):
             k = load_summaries(k_at + j * HEAD_DIM, j + place < seen, HEAD_DIM, BLOCK_D)
             s = summary_logits(q, k, mass_at + j, j + place < seen, scale)
             largest = tl.maximum(largest, s)
+            if THRESHOLD:  # beyond 2^100 the local part is nothing anyway, and sums stay finite
+                far += tl.sum(tl.exp2(tl.minimum(s * LOG2_E - local_top[:, None], 100.0)), 1)
             if WORDS > 0:
                 spread = load_summaries(spread_at + j * HEAD_DIM, j + place < seen, HEAD_DIM, BLOCK_D)
                 kept = keep_largest(kept, _score_of(half_square, spread, s))
-        threshold = threshold_of(kept, num_retrieved, STEPS)
+        least_score = threshold_of(kept, num_retrieved, STEPS)
 
-        # The local part starts the sum: every query attends to itself, so its logsumexp is finite.
-        local_top = tl.load(local_lse + row, mask=inside, other=0)
-        top = tl.maximum(local_top, tl.max(largest, 1)) * LOG2_E
-        local_total = tl.exp2(local_top * LOG2_E - top)
+        top = tl.maximum(local_top, tl.max(largest, 1) * LOG2_E)
+        least_missed = threshold * tl.exp2(local_top + tl.log2(1 + far) - top)
+        local_total = tl.exp2(local_top - top)
         local_o = load_rows(
             local, tokens, inside, head, stride_lb, stride_lh, stride_ln, length, HEAD_DIM, BLOCK_D
         ).to(tl.float32)
         chosen_at = chosen + row * WORDS
         o, total, found = _sum_kept(
-            q, half_square, threshold, local_o * local_total[:, None], local_total, top, k_at, v_at,
-            spread_at, mass_at, chosen_at, inside, seen, scale, HEAD_DIM, BLOCK_D, BLOCK_J, WORDS,
+            q, half_square, least_score, least_missed, local_o * local_total[:, None], local_total, top,
+            k_at, v_at, spread_at, mass_at, chosen_at, inside, seen, scale,
+            HEAD_DIM, BLOCK_D, BLOCK_J, WORDS, THRESHOLD,
         )  # fmt: skip
         if WORDS > 0:
             surplus = tl.where(inside, tl.maximum(found - num_retrieved, 0), 0)
             o, total = _sum_surplus(
-                q, half_square, threshold, o, total, top, k_at, v_at, spread_at, mass_at, chosen_at, inside,
-                seen, scale, surplus, HEAD_DIM, BLOCK_D, BLOCK_J, WORDS,
+                q, half_square, least_score, least_missed, o, total, top, k_at, v_at, spread_at, mass_at,
+                chosen_at, inside, seen, scale, surplus, HEAD_DIM, BLOCK_D, BLOCK_J, WORDS, THRESHOLD,
             )  # fmt: skip
         # Nothing is left of the sum where clusters that are to be retrieved have nearly all the mass.
         total = tl.maximum(total, 1e-37)
@@ -185,7 +203,7 @@ def num_words(max_seen: int, num_retrieved: int) -> int:
 
 def refine(
     query: torch.Tensor, clusters: Clusters, layout: Layout, local: torch.Tensor, local_lse: torch.Tensor,
-    output: torch.Tensor, lse: torch.Tensor, scale: float, num_retrieved: int, block: int,
+    output: torch.Tensor, lse: torch.Tensor, scale: float, num_retrieved: int, threshold: float, block: int,
 ) -> torch.Tensor:  # fmt: skip
     """Merge the local part and the summaries that are not retrieved into output and lse.
 
@@ -204,8 +222,9 @@ def refine(
         _forward_kernel, (ceil_div(block, settings["BLOCK_Q"]), heads, layout.block_start.shape[0]),
         query, clusters.key_mean, clusters.value_mean, clusters.key_variance, clusters.log_mass,
         *layout.query_blocks, local, local_lse, output, lse, chosen, *token_strides(query, local, output),
-        batch * length, clusters.count.shape[1], num_retrieved, scale,
+        batch * length, clusters.count.shape[1], num_retrieved, threshold, scale,
         GROUP_HEADS=heads // clusters.count.shape[0], HEAD_DIM=head_dim, BLOCK_D=power_of_two(head_dim),
-        STEPS=28 if query.dtype == torch.float32 else 16, WORDS=words, **settings,
+        STEPS=28 if query.dtype == torch.float32 else 16, WORDS=words, THRESHOLD=words > 0 and threshold > 0,
+        **settings,
     )  # fmt: skip
     return chosen

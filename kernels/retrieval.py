@@ -232,20 +232,17 @@ def _merge_kernel(
     item = (tl.program_id(1).to(tl.int64) * num_tokens + tokens)[:, None] * NUM_RETRIEVED + ranks[None, :]
     row = head.to(tl.int64) * num_tokens + tokens
     exists = inside[:, None] & (ranks < NUM_RETRIEVED)[None, :]
-    # Nothing that is loaded below waits for this.
     real = tl.load(choice + row[:, None] * NUM_RETRIEVED + ranks[None, :], mask=exists, other=-1) >= 0
     inside &= tl.max(real.to(tl.int32), 1) > 0
-    part_lse = tl.load(partial_lse + item, mask=exists, other=0)
-    part_lse = tl.where(real, part_lse, -float("inf"))
+    part_lse = tl.load(partial_lse + item, mask=real, other=-float("inf"))
     old_lse = tl.load(lse + row, mask=inside, other=0)
     top = tl.maximum(old_lse, tl.max(part_lse, 1))
     weight = tl.exp(part_lse - top[:, None])
     part = tl.load(
         partial + item[:, :, None] * HEAD_DIM + dims[None, None, :],
-        mask=exists[:, :, None] & (dims < HEAD_DIM)[None, None, :],
+        mask=real[:, :, None] & (dims < HEAD_DIM)[None, None, :],
         other=0,
-    )
-    part = tl.where(real[:, :, None], part.to(tl.float32), 0)
+    ).to(tl.float32)
     o = load_rows(output, tokens, inside, head, stride_b, stride_h, stride_n, length, HEAD_DIM, BLOCK_D)
     old_weight = tl.exp(old_lse - top)
     o = o.to(tl.float32) * old_weight[:, None] + tl.sum(part * weight[:, :, None], 1)
@@ -271,14 +268,12 @@ def _add_kernel(
     item = (tl.program_id(1).to(tl.int64) * num_tokens + tokens)[:, None] * NUM_RETRIEVED + ranks[None, :]
     row = head.to(tl.int64) * num_tokens + tokens
     exists = inside[:, None] & (ranks < NUM_RETRIEVED)[None, :]
-    # Nothing that is loaded below waits for this.
     real = tl.load(choice + row[:, None] * NUM_RETRIEVED + ranks[None, :], mask=exists, other=-1) >= 0
     part = tl.load(
         partial + item[:, :, None] * HEAD_DIM + dims[None, None, :],
-        mask=exists[:, :, None] & (dims < HEAD_DIM)[None, None, :],
+        mask=real[:, :, None] & (dims < HEAD_DIM)[None, None, :],
         other=0,
-    )
-    part = tl.where(real[:, :, None], part.to(tl.float32), 0)
+    ).to(tl.float32)
     dq = load_rows(grad_query, tokens, inside, head, stride_b, stride_h, stride_n, length, HEAD_DIM, BLOCK_D)
     dq = dq.to(tl.float32) + tl.sum(part, 1)
     store_rows(grad_query, dq, tokens, inside, head, stride_b, stride_h, stride_n, length, HEAD_DIM, BLOCK_D)

@@ -165,7 +165,7 @@ def _tokenizer(arguments: argparse.Namespace) -> Any:
 
 def _policy(arguments: argparse.Namespace, model: PreTrainedModel) -> MuseConfig:
     """The model's own policy or the default one, changed by the options that were given."""
-    fields = ("num_retrieved", "cluster_size", "local_block", "min_length")
+    fields = ("num_retrieved", "retrieval_threshold", "cluster_size", "local_block", "min_length")
     given = {name: value for name in fields if (value := getattr(arguments, name)) is not None}
     if arguments.layers in ("all", "auto"):
         given["layers"] = None
@@ -252,6 +252,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 def _add_policy(parser: argparse.ArgumentParser, layers: str) -> None:
     parser.add_argument("--layers", metavar="LAYERS", help=layers)
     parser.add_argument("--num-retrieved", type=int, help="Clusters each query attends to exactly.")
+    parser.add_argument(
+        "--retrieval-threshold",
+        type=float,
+        help="Of these, only those whose summary misses at least this share of a query's attention.",
+    )
     parser.add_argument("--cluster-size", type=int, help="Mean number of keys in a cluster.")
     parser.add_argument("--local-block", type=int, help="Tokens attended exactly around each token.")
     parser.add_argument("--min-length", type=int, help="Shorter sequences are attended exactly (0: none).")

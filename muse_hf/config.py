@@ -39,6 +39,8 @@ class MuseConfig:
             clusters. 40 when neither field is given. Tilted summaries cost the square of their number.
         num_retrieved: Clusters that each query attends to exactly, those of largest logit to second order
             among all the summaries it sees. 0 turns retrieval off; more cost time and reduce the error.
+        retrieval_threshold: Of these, only those are retrieved whose summary misses at least this share of a
+            query's attention, to second order. With 0 every query retrieves `num_retrieved`.
         local_block: Tokens in a block of exact causal attention, and in the smallest far block. Sequences
             of at most this length are attended exactly.
         summaries: `"plain"` (cluster means and masses, the same for every query) or `"tilted"` (weighted
@@ -68,6 +70,7 @@ class MuseConfig:
     num_clusters: int | None = None
     cluster_size: int | None = None
     num_retrieved: int = 12
+    retrieval_threshold: float = 0.0
     local_block: int = 2048
     summaries: str = "plain"
     hierarchy: str = "flat"
@@ -85,7 +88,12 @@ class MuseConfig:
         for field, choices in _CHOICES.items():
             if getattr(self, field) not in choices:
                 self._refuse(field, f"must be one of {', '.join(map(repr, choices))}")
-        self._check_cap()
+        self._check_number("cluster_cap")
+        if not 1 <= self.cluster_cap < math.inf:
+            self._refuse("cluster_cap", "must be finite and at least 1, or clusters cannot hold all keys")
+        self._check_number("retrieval_threshold")
+        if not 0 <= self.retrieval_threshold < 1:
+            self._refuse("retrieval_threshold", "is a share: at least 0 and less than 1")
         self._check_combinations()
         object.__setattr__(self, "layers", self._checked_layers())
 
@@ -147,9 +155,10 @@ class MuseConfig:
         )
         leaks = self.summaries == "tilted" and self.query_centroids == "own"
         warning = ", own query centroids (in causal attention later tokens leak into earlier ones)"
+        most = f"up to {self.num_retrieved}" if self.retrieval_threshold else f"{self.num_retrieved}"
         return (
             f"{self.hierarchy} blocks from {self.local_block} tokens, {clusters}, {self.summaries} "
-            f"summaries, {self.multipole}, {self.num_retrieved} retrieved"
+            f"summaries, {self.multipole}, {most} retrieved"
             f"{warning if leaks else ''}"
         )
 
@@ -206,11 +215,10 @@ class MuseConfig:
         if value < smallest:
             self._refuse(field, f"must be at least {smallest}")
 
-    def _check_cap(self) -> None:
-        if not isinstance(self.cluster_cap, (int, float)) or isinstance(self.cluster_cap, bool):
-            raise TypeError(f"MuseConfig.cluster_cap={self.cluster_cap!r}: must be a number")
-        if not 1 <= self.cluster_cap < math.inf:
-            self._refuse("cluster_cap", "must be finite and at least 1, or clusters cannot hold all keys")
+    def _check_number(self, field: str) -> None:
+        value = getattr(self, field)
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise TypeError(f"MuseConfig.{field}={value!r}: must be a number")
 
     def _check_combinations(self) -> None:
         if self.num_clusters is not None and self.cluster_size is not None:

@@ -73,7 +73,8 @@ def reference_attention(
         starts = range(0, num_queries, block)
         chunks = [Chunk(slice(start, start + block), None, [(0, 0, 1)]) for start in starts]
     tensors = [tensor for level in levels for tensor in level]
-    return _Attend.apply(query, key, value, is_causal, chunks, config.num_retrieved, *tensors)
+    limits = config.num_retrieved, config.retrieval_threshold
+    return _Attend.apply(query, key, value, is_causal, chunks, *limits, *tensors)
 
 
 def causal_chunks(length: int, block: int, hierarchy: str) -> list[Chunk]:
@@ -130,19 +131,21 @@ class _Attend(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, is_causal, chunks, num_retrieved, *tensors):
+    def forward(ctx, query, key, value, is_causal, chunks, num_retrieved, threshold, *tensors):
         output, lse = torch.empty_like(query), query.new_empty(query.shape[:3])
         choices = []
         for chunk in chunks:
             queries = query[:, :, chunk.queries]
-            parts, choice = [], None
+            parts, choice, local_lse = [], None, None
             if chunk.keys is not None:
                 local, local_lse = exact_forward(
                     queries, key[:, chunk.keys], value[:, chunk.keys], is_causal=is_causal
                 )
                 parts.append((local, torch.ones_like(local_lse), local_lse))
             if chunk.seen:
-                far, choice = _far_forward(queries, _levels(tensors), chunk.seen, num_retrieved)
+                far, choice = _far_forward(
+                    queries, local_lse, _levels(tensors), chunk.seen, num_retrieved, threshold
+                )
                 parts += far
             choices.append(choice)
             output[:, :, chunk.queries], lse[:, :, chunk.queries] = merge(parts)
@@ -180,7 +183,7 @@ class _Attend(torch.autograd.Function):
                 grads[0][:, :, chunk.queries] += _far_backward(
                     *own, _levels(tensors), chunk.seen, choice, _levels(grad_tensors)
                 )
-        return (*grads, None, None, None, *grad_tensors)
+        return (*grads, None, None, None, None, *grad_tensors)
 
 
 def merge(
@@ -198,8 +201,11 @@ def merge(
     return numerator / denominator[..., None], top + denominator.log()
 
 
-def _far_forward(queries, levels, seen, num_retrieved):
-    """Summaries and retrieved clusters as parts for `merge`, and the choice (X, P, r) of the latter."""
+def _far_forward(queries, local_lse, levels, seen, num_retrieved, threshold):
+    """Summaries and retrieved clusters as parts for `merge`, and the choice (X, P, r) of the latter.
+
+    The choice is J, the number of summaries, where fewer clusters than r are to be retrieved.
+    """
     heads = queries.shape[1:3]
     folded = queries.flatten(1, 2)
     refined = [refine(folded, heads[0], blocks) for blocks in _narrow(levels, seen)]
@@ -207,8 +213,11 @@ def _far_forward(queries, levels, seen, num_retrieved):
     parts, choice = [], None
     if num_retrieved:
         score = torch.cat([part.score() for part in refined], dim=-1)
-        choice = score.topk(min(num_retrieved, logits.shape[-1]), sorted=False).indices
-        logits.scatter_(-1, choice, -torch.inf)
+        best, choice = score.topk(min(num_retrieved, logits.shape[-1]), sorted=False)
+        if threshold:
+            missed = _missed_share(best, logits.gather(-1, choice), logits, local_lse)
+            choice = choice.masked_fill(missed < threshold, logits.shape[-1])
+        logits = _without(logits, choice)
         parts += [retrieval.forward() for retrieval in _retrievals(folded, choice, levels, seen)]
         choice = choice.to(torch.int32)
     shift = logits.amax(-1).clamp(min=torch.finfo(logits.dtype).min)
@@ -225,8 +234,7 @@ def _far_backward(grad, queries, output, lse, levels, seen, choice, grad_levels)
     with torch.enable_grad():
         logits, combine = _join([refine(leaf, queries.shape[1], blocks) for blocks in leaves])
         if choice is not None:
-            choice = choice.to(torch.int64)
-            logits = logits.scatter(-1, choice, -torch.inf)
+            logits = _without(logits, choice.to(torch.int64))
         weights = (logits - lse[..., None]).exp()
         sums = [combine(weights), weights.sum(-1)]
     wanted = [leaf] + [getattr(blocks, name) for blocks, name in _summaries_of(leaves)]
@@ -239,6 +247,19 @@ def _far_backward(grad, queries, output, lse, levels, seen, choice, grad_levels)
         for retrieval, target in zip(_retrievals(folded, choice, levels, seen), grad_of_seen):
             grad_query = grad_query + retrieval.backward(grad, lse, delta, target.keys, target.values)
     return grad_query.unflatten(1, queries.shape[1:3])
+
+
+def _missed_share(score, chosen_logits, logits, local_lse):
+    """Share of a query's attention (X, P, r) that summaries miss: second order minus first order."""
+    lse = logits.logsumexp(-1)
+    if local_lse is not None:
+        lse = torch.logaddexp(lse, local_lse.flatten(1, 2))
+    return (score - lse[..., None]).exp() - (chosen_logits - lse[..., None]).exp()
+
+
+def _without(logits: torch.Tensor, choice: torch.Tensor) -> torch.Tensor:
+    """The logits (X, P, J) with -∞ at a choice (X, P, r), which may be J, none of them."""
+    return torch.nn.functional.pad(logits, (0, 1)).scatter(-1, choice, -torch.inf)[..., :-1]
 
 
 def _retrievals(folded, choice, levels, seen):

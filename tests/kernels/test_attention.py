@@ -34,6 +34,7 @@ def inputs(batch=1, heads=2, kv_heads=1, length=70, head_dim=16, dtype=torch.flo
         ({"heads": 1, "length": 33, "head_dim": 80}, {"num_clusters": 1}),
         ({"length": 50}, {"num_retrieved": 0}),
         ({"heads": 1, "length": 180}, {"cluster_size": 2, "num_retrieved": 9}),
+        ({"length": 90}, {"num_retrieved": 8, "retrieval_threshold": 0.02}),
     ],
     ids=[
         "grouped heads",
@@ -44,6 +45,7 @@ def inputs(batch=1, heads=2, kv_heads=1, length=70, head_dim=16, dtype=torch.flo
         "one cluster",
         "none retrieved",
         "several tiles",
+        "threshold",
     ],
 )
 def test_kernels_compute_what_the_reference_does(shape, changes):
@@ -72,7 +74,7 @@ def test_low_precision_costs_no_more_than_in_pytorch(length, changes, dtype):
     config = CONFIG.replace(num_retrieved=3, **changes)
     leaves = [tensor.requires_grad_() for tensor in leaves]
     scale, block = 0.25, config.local_block
-    settings = (scale, [0, length], block, config.clusters_for(block), config.capacity_for(block), 1, 3)
+    settings = (scale, [0, length], block, config.clusters_for(block), config.capacity_for(block), 1, 3, 0.0)
     with torch.no_grad():
         stages = attention.forward(*leaves, *settings)
     output, lse = attention.OP(*leaves, *settings)
@@ -99,7 +101,7 @@ def test_few_choices_differ_in_low_precision(low):
     for dtype in (torch.float32, low):
         stages = attention.forward(
             *(tensor.to(low).to(dtype) for tensor in (query, key, value)),
-            0.25, [0, 64], 16, 4, 6, 1, 3,
+            0.25, [0, 64], 16, 4, 6, 1, 3, 0.0,
         )  # fmt: skip
         choices.append(stages[4])
     same = (choices[0] == choices[1]).float().mean().item()
@@ -155,7 +157,7 @@ def test_identical_keys_are_all_alike():
     """All scores are equal, so far more clusters than r reach the threshold: r are taken, and it is exact."""
     query, key, value, _ = inputs(heads=1, length=64)
     key = key[:, :, :1].expand_as(key)
-    stages = attention.forward(query, key, value, 0.25, [0, 64], 16, 4, 6, 1, 2)
+    stages = attention.forward(query, key, value, 0.25, [0, 64], 16, 4, 6, 1, 2, 0.0)
     assert (stages[4][0, 16:] >= 0).all(), "a query retrieves fewer clusters than there are"
     expected = torch.nn.functional.scaled_dot_product_attention(
         query[:, :, :16], key[:, :, :16], value[:, :, :16], is_causal=True, scale=0.25
@@ -171,7 +173,9 @@ def test_a_surplus_of_clusters_is_given_back(num_retrieved):
     length, block, clusters = 112, 16, 8
     query, key, value, _ = inputs(heads=1, length=length)
     key = key[:, :, :1].expand_as(key)
-    stages = attention.forward(query, key, value, 0.25, [0, length], block, clusters, 3, 0, num_retrieved)
+    stages = attention.forward(
+        query, key, value, 0.25, [0, length], block, clusters, 3, 0, num_retrieved, 0.0
+    )
     choice, count = stages[4][0].cpu(), stages[8][0].cpu()
     for token in range(block, length):
         seen = torch.arange(token // block * clusters)
@@ -193,7 +197,9 @@ def test_operators_are_declared_rightly():
     query, key, value, _ = inputs(length=40)
     leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(attention.OP.operator, (*leaves, 0.25, [0, 40], 16, 4, 6, 1, 2), test_utils=tests)
+    torch.library.opcheck(
+        attention.OP.operator, (*leaves, 0.25, [0, 40], 16, 4, 6, 1, 2, 0.01), test_utils=tests
+    )
 
 
 def test_compiled_in_one_graph():

@@ -108,15 +108,17 @@ def test_identical_keys_inside_clusters_are_exact(case):
 
 
 @pytest.mark.parametrize("case", SETTINGS, ids=label)
-@pytest.mark.parametrize("num_retrieved", [0, 2])
-def test_gradients_against_finite_differences(case, num_retrieved, monkeypatch):
+@pytest.mark.parametrize(("num_retrieved", "threshold"), [(0, 0.0), (2, 0.0), (3, 0.05)])
+def test_gradients_against_finite_differences(case, num_retrieved, threshold, monkeypatch):
     """Clusters, query centroids and choices are constants of the backward pass.
 
     A small step does not change a cluster or a choice, but it moves centroids: those are held where they
     were, one set for each size of block.
     """
     fields, is_causal = case
-    config = MuseConfig(local_block=8, cluster_size=3, num_retrieved=num_retrieved, **fields)
+    config = MuseConfig(
+        local_block=8, cluster_size=3, num_retrieved=num_retrieved, retrieval_threshold=threshold, **fields
+    )
     inputs = tensors(22, batch=1, dim=2, seed=3)
     compute, held = blocks._query_centroids, {}
 
@@ -216,6 +218,35 @@ def test_error_falls_with_the_number_of_retrieved_clusters(summaries):
         errors.append(((output - expected).norm() / expected.norm()).item())
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-12 < errors[-2]
+
+
+@pytest.mark.parametrize("summaries", ["plain", "tilted"])
+def test_a_threshold_retrieves_what_summaries_miss(summaries, monkeypatch):
+    """The lower it is, the more clusters are retrieved, and the smaller is the error."""
+    inputs = [tensor.detach() for tensor in tensors(256, dim=8)]
+    expected, _ = exact(*inputs, True)
+    found, retrieval = [], attention.Retrieval
+
+    def counted(query, choice, blocks, first, last):
+        found[-1][0] += (choice < (last - first) * blocks.filled.shape[2]).sum().item()
+        return retrieval(query, choice, blocks, first, last)
+
+    monkeypatch.setattr(attention, "Retrieval", counted)
+    for threshold in (0.5, 0.1, 0.01, 0.001, 0.0):
+        config = MuseConfig(
+            local_block=32,
+            cluster_size=4,
+            num_retrieved=16,
+            retrieval_threshold=threshold,
+            summaries=summaries,
+        )
+        found.append([0, 0.0])
+        output, _ = reference_attention(*inputs, is_causal=True, config=config)
+        found[-1][1] = ((output - expected).norm() / expected.norm()).item()
+    many, errors = zip(*found)
+    assert many == tuple(sorted(set(many))), "retrieved clusters"
+    assert errors == tuple(sorted(errors, reverse=True))
+    assert errors[-2] < 1.05 * errors[-1], "clusters that miss less than 0.1% hardly matter"
 
 
 @given(length=st.integers(1, 400), block=st.integers(1, 40), hierarchy=st.sampled_from(["flat", "dyadic"]))

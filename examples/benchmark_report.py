@@ -51,7 +51,10 @@ def setting_text(row: Row) -> str:
     clusters = f"C={row['num_clusters']}" if row["num_clusters"] else f"n={row['cluster_size']}"
     dipole = " dipole" if row["multipole"] == "dipole" else ""
     hierarchy = f" {row['hierarchy']}" if row["causal"] else ""
-    return f"{row['summaries']}{dipole}{hierarchy} {clusters} r={row['num_retrieved']} b={row['local_block']}"
+    retrieved = f"r={row['num_retrieved']}"
+    if float(row["retrieval_threshold"]):
+        retrieved += f" t={row['retrieval_threshold']}"
+    return f"{row['summaries']}{dipole}{hierarchy} {clusters} {retrieved} b={row['local_block']}"
 
 
 def table_head() -> str:

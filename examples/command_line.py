@@ -41,10 +41,11 @@ class MuseOptions:
         None, "Clusters of a far block, whatever its length, instead of a size."
     )
     num_retrieved: int | None = option(
-        None, "Clusters that every query attends to exactly; more is slower and closer to exact."
+        None, "Clusters that every query attends to exactly, at most; more is slower and closer to exact."
     )
     retrieval_threshold: float | None = option(
-        None, "Share of a query's attention that the summary of a retrieved cluster has to miss."
+        None,
+        "Retrieve only clusters whose summary misses at least this share of a query's attention; 0: all.",
     )
     summaries: Literal["plain", "tilted"] | None = option(
         None, "Clusters summed up by their means, or weighted for groups of similar queries."

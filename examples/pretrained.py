@@ -46,7 +46,8 @@ class PretrainedArguments:
     max_loss_increase: float = option(0.002, "Budget of --layers auto, relative to the loss.")
     num_retrieved: int | None = option(None, "Clusters each query attends to exactly.")
     retrieval_threshold: float | None = option(
-        None, "Share of a query's attention that the summary of a retrieved cluster has to miss."
+        None,
+        "Retrieve only clusters whose summary misses at least this share of a query's attention; 0: all.",
     )
     cluster_size: int | None = option(None, "Mean number of keys in a cluster.")
     local_block: int | None = option(None, "Tokens attended exactly around each token.")

@@ -157,20 +157,25 @@ def _forward_kernel(
         local_top = tl.load(local_lse + row, mask=inside, other=0) * LOG2_E
         least = tl.full([BLOCK_Q, BLOCK_J], -float("inf"), tl.float32)
         largest, kept = least, (least, least, least, least)
-        far = tl.zeros([BLOCK_Q], tl.float32)  # weights of summaries, in units of the local part's
+        # The largest of all logits, and with a THRESHOLD the sum of all weights relative to it; base 2.
+        top, everything = local_top, tl.full([BLOCK_Q], 1, tl.float32)
         for j in range(0, seen, BLOCK_J):
             k = load_summaries(k_at + j * HEAD_DIM, j + place < seen, HEAD_DIM, BLOCK_D)
             s = summary_logits(q, k, mass_at + j, j + place < seen, scale)
-            largest = tl.maximum(largest, s)
-            if THRESHOLD:  # beyond 2^100 the local part is nothing anyway, and sums stay finite
-                far += tl.sum(tl.exp2(tl.minimum(s * LOG2_E - local_top[:, None], 100.0)), 1)
+            if THRESHOLD:
+                higher = tl.maximum(top, tl.max(s, 1) * LOG2_E)
+                everything *= tl.exp2(top - higher)
+                everything += tl.sum(tl.exp2(s * LOG2_E - higher[:, None]), 1)
+                top = higher
+            else:
+                largest = tl.maximum(largest, s)
             if WORDS > 0:
                 spread = load_summaries(spread_at + j * HEAD_DIM, j + place < seen, HEAD_DIM, BLOCK_D)
                 kept = keep_largest(kept, _score_of(half_square, spread, s))
         least_score = threshold_of(kept, num_retrieved, STEPS)
 
-        top = tl.maximum(local_top, tl.max(largest, 1) * LOG2_E)
-        least_missed = threshold * tl.exp2(local_top + tl.log2(1 + far) - top)
+        top = tl.maximum(top, tl.max(largest, 1) * LOG2_E)
+        least_missed = threshold * everything
         local_total = tl.exp2(local_top - top)
         local_o = load_rows(
             local, tokens, inside, head, stride_lb, stride_lh, stride_ln, length, HEAD_DIM, BLOCK_D

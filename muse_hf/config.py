@@ -38,9 +38,11 @@ class MuseConfig:
         cluster_size: Mean number of keys in a cluster; a block of s keys gets ceil(s / cluster_size)
             clusters. 40 when neither field is given. Tilted summaries cost the square of their number.
         num_retrieved: Clusters that each query attends to exactly, those of largest logit to second order
-            among all the summaries it sees. 0 turns retrieval off; more cost time and reduce the error.
+            among all the summaries it sees. 0 turns retrieval off; more cost time and reduce the error. The
+            kernels serve up to 64.
         retrieval_threshold: Of these, only those are retrieved whose summary misses at least this share of a
-            query's attention, to second order. With 0 every query retrieves `num_retrieved`.
+            query's attention: what second order adds to their weight, over the sum of all weights to first
+            order. With 0 every query retrieves `num_retrieved`; without retrieval it does nothing.
         local_block: Tokens in a block of exact causal attention, and in the smallest far block. Sequences
             of at most this length are attended exactly.
         summaries: `"plain"` (cluster means and masses, the same for every query) or `"tilted"` (weighted
@@ -155,7 +157,7 @@ class MuseConfig:
         )
         leaks = self.summaries == "tilted" and self.query_centroids == "own"
         warning = ", own query centroids (in causal attention later tokens leak into earlier ones)"
-        most = f"up to {self.num_retrieved}" if self.retrieval_threshold else f"{self.num_retrieved}"
+        most = "up to " * bool(self.num_retrieved and self.retrieval_threshold) + str(self.num_retrieved)
         return (
             f"{self.hierarchy} blocks from {self.local_block} tokens, {clusters}, {self.summaries} "
             f"summaries, {self.multipole}, {most} retrieved"

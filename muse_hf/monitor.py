@@ -56,7 +56,8 @@ class LayerMeasurement:
             f"squared error, more than {ERROR_LIMIT:.0%}). Give k-means more iterations (kmeans_iters, now "
             f"{self.config.kmeans_iters}) or a tighter cap (cluster_cap, now {self.config.cluster_cap:g}; "
             f"the largest key cluster has {self.largest_cluster:.0f} keys), retrieve more clusters "
-            f"(num_retrieved, now {self.config.num_retrieved}), or use another layer (MuseConfig.layers)"
+            f"(num_retrieved, now {self.config.num_retrieved}; retrieval_threshold, now "
+            f"{self.config.retrieval_threshold:g}), or use another layer (MuseConfig.layers)"
         )
 
 

@@ -185,6 +185,17 @@ def test_a_surplus_of_clusters_is_given_back(num_retrieved):
     torch.testing.assert_close(stages[0], mean, rtol=1e-5, atol=1e-6)
 
 
+def test_a_threshold_where_far_keys_have_all_the_attention():
+    """Logits of far keys may be a hundred nats above those of the local block."""
+    tensors = inputs(heads=1, length=64)
+    tensors[0][..., 0] = 1.0
+    tensors[1][:, :, :16, 0] += 400.0  # of the first block, by 100 nats
+    config = CONFIG.replace(num_retrieved=4, retrieval_threshold=0.2)
+    expected = reference([tensor.double() for tensor in tensors], config)
+    for name, actual, exact in zip(NAMES, results(tensors, config), expected):
+        assert error(actual, exact) < 1e-3, f"{name}: relative error {error(actual, exact):.1e}"
+
+
 def test_strides_beyond_32_bits_are_copied():
     """Offsets inside a local block are of 32 bits."""
     memory = torch.empty((1 << 27) + 8, dtype=torch.int8)

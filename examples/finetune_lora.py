@@ -301,9 +301,9 @@ def table(results: dict[str, dict[str, dict[str, float]]], name: str) -> str:
     rows["each as it was trained"] = [
         results[f"trained_with_{attention}"][f"evaluated_with_{attention}"][name] for attention in NAMES
     ]
-    number, gap = (".4f", "MuSe relative to exact") if name == "loss" else (".1%", "MuSe minus exact")
-    exact, muse = NAMES.values()
-    lines = [f"{name + ', evaluated with':30}{exact:>17}{muse:>17}{gap:>25}"]
+    number, last = (".4f", "MuSe relative to exact") if name == "loss" else (".1%", "MuSe minus exact")
+    titles = "".join(f"{title:>17}" for title in NAMES.values())
+    lines = [f"{name + ', evaluated with':30}{titles}{last:>25}"]
     for title, (exact, muse) in rows.items():
         gap = muse / exact - 1 if name == "loss" else muse - exact
         lines.append(f"{title:30}{exact:17{number}}{muse:17{number}}{gap:+25.2%}")

@@ -118,6 +118,12 @@ def plane_of(tensor, row, head, stride_b, stride_h):
 
 
 @triton.jit
+def block_plane(tensor, row, head, begin, stride_b, stride_h, stride_n):
+    """Where the tokens of a block begin in a tensor (B, H, N, D)."""
+    return plane_of(tensor, row, head, stride_b, stride_h) + begin.to(tl.int64) * stride_n
+
+
+@triton.jit
 def load_tokens(plane, tokens, mask, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, first=0):
     """Dimensions first, first + 1, ... of tokens (len(tokens), BLOCK_D), zero where masked and beyond D."""
     dims = first + tl.arange(0, BLOCK_D)
@@ -135,6 +141,24 @@ def gather_tokens(plane, tokens, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.con
     if HEAD_DIM % BLOCK_D == 0:
         return tl.load(at)
     return tl.load(at, mask=(dims < HEAD_DIM)[None, :], other=0)
+
+
+@triton.jit
+def load_places(plane, places, inside, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Tokens (len(places), BLOCK_D) of a block, zero beyond D and where not inside, if that is not None.
+
+    Offsets in a block fit 32 bits, which spares registers, see `addressable`.
+    """
+    dims = tl.arange(0, BLOCK_D)
+    at = plane + (places[:, None] * stride + dims[None, :])
+    if HEAD_DIM < BLOCK_D:
+        real = (dims < HEAD_DIM)[None, :]
+        x = tl.load(at, mask=real if inside is None else inside[:, None] & real, other=0)
+    elif inside is None:
+        x = tl.load(at)
+    else:
+        x = tl.load(at, mask=inside[:, None], other=0)
+    return x
 
 
 @triton.jit

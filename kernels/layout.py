@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from muse_hf.kernels.common import kept_on_device, plane_of
+from muse_hf.kernels.common import kept_on_device
 from muse_hf.kernels.summaries import TILE
 
 
@@ -144,27 +144,3 @@ def tile_of_block(block_start, block_length, num_tiles, num_heads, num_blocks, l
     start = tl.load(block_start + block)
     many = tl.load(block_length + block)
     return program // together, (pair % num_heads).to(tl.int64), block, many, start // length, start % length
-
-
-@triton.jit
-def block_plane(tensor, row, head, begin, stride_b, stride_h, stride_n):
-    """Where the tokens of a block begin in a tensor (B, H, N, D)."""
-    return plane_of(tensor, row, head, stride_b, stride_h) + begin.to(tl.int64) * stride_n
-
-
-@triton.jit
-def load_places(plane, places, inside, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Tokens (len(places), BLOCK_D) of a block, zero beyond D and where not inside, if that is not None.
-
-    Offsets in a block fit 32 bits, which spares registers, see `addressable`.
-    """
-    dims = tl.arange(0, BLOCK_D)
-    at = plane + (places[:, None] * stride + dims[None, :])
-    if HEAD_DIM < BLOCK_D:
-        real = (dims < HEAD_DIM)[None, :]
-        x = tl.load(at, mask=real if inside is None else inside[:, None] & real, other=0)
-    elif inside is None:
-        x = tl.load(at)
-    else:
-        x = tl.load(at, mask=inside[:, None], other=0)
-    return x

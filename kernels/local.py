@@ -9,9 +9,16 @@ from math import prod
 import torch
 import triton
 import triton.language as tl
-from muse_hf.kernels.common import LOG2_E, plane_of, power_of_two, store_tokens
+from muse_hf.kernels.common import (
+    LOG2_E,
+    block_plane,
+    load_places,
+    plane_of,
+    power_of_two,
+    store_tokens,
+)
 from muse_hf.kernels.launch import ceil_div, launch
-from muse_hf.kernels.layout import Layout, block_plane, load_places, tile_of_block
+from muse_hf.kernels.layout import Layout, tile_of_block
 
 # Head sizes up to which cuDNN and flash attention serve. Both want rows of whole 16 bytes.
 _LARGEST_CUDNN, _LARGEST_FLASH = 128, 256

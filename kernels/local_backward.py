@@ -13,15 +13,17 @@ import triton
 import triton.language as tl
 from muse_hf.kernels.common import (
     LOG2_E,
+    block_plane,
     choose_launch,
     has_much_shared_memory,
+    load_places,
     load_tokens,
     plane_of,
     power_of_two,
     store_tokens,
 )
 from muse_hf.kernels.launch import ceil_div, launch
-from muse_hf.kernels.layout import Layout, block_plane, load_places, tile_of_block
+from muse_hf.kernels.layout import Layout, tile_of_block
 
 _QUERY_LAUNCH = {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 128}
 _WIDE_QUERY_LAUNCH = {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}

@@ -157,10 +157,10 @@ class MuseConfig:
         )
         leaks = self.summaries == "tilted" and self.query_centroids == "own"
         warning = ", own query centroids (in causal attention later tokens leak into earlier ones)"
-        most = "up to " * bool(self.num_retrieved and self.retrieval_threshold) + str(self.num_retrieved)
+        up_to = "up to " if self.num_retrieved and self.retrieval_threshold else ""
         return (
             f"{self.hierarchy} blocks from {self.local_block} tokens, {clusters}, {self.summaries} "
-            f"summaries, {self.multipole}, {most} retrieved"
+            f"summaries, {self.multipole}, {up_to}{self.num_retrieved} retrieved"
             f"{warning if leaks else ''}"
         )
 

@@ -48,11 +48,13 @@ def _cases(shape: Shape, lengths: list[int], *configs: MuseConfig) -> list[Case]
 
 
 _DEFAULT = MuseConfig()
+# How many clusters pass the threshold is a matter of the inputs: none of random ones, never more than here.
+_ALL_RETRIEVED = _DEFAULT.replace(retrieval_threshold=0.0)
 _PAPER = MuseConfig.paper(local_block=1024)
 _PAPER_LONG = MuseConfig.paper(local_block=4096)
 _ONE_LAYER = Shape(1, 16, 16, 65536, 64)
 _LONGEST = Shape(1, 8, 8, 262144, 64)
-_SMALL, _SMALL_DEFAULT = Shape(1, 2, 2, 8192, 64), MuseConfig(local_block=256)
+_SMALL, _SMALL_DEFAULT = Shape(1, 2, 2, 8192, 64), _ALL_RETRIEVED.replace(local_block=256)
 
 PRESETS = {
     # The shapes for which the project states what it wants to reach.
@@ -62,16 +64,14 @@ PRESETS = {
         Case(Shape(128, 8, 8, 1024, 64, causal=False), _PAPER.replace(local_block=512, num_clusters=8)),
         Case(_ONE_LAYER, _PAPER_LONG),
         Case(Shape(1, 8, 8, 16384, 64), _PAPER.replace(local_block=2048)),
-        Case(_ONE_LAYER, _DEFAULT),
-        Case(Shape(1, 32, 8, 65536, 64), _DEFAULT),
-        Case(Shape(1, 16, 16, 16384, 64), _DEFAULT),
-        Case(Shape(1, 16, 16, 65536, 128), _DEFAULT),
-        Case(_LONGEST, _PAPER_LONG),
-        Case(_LONGEST, _DEFAULT),
+        *_cases(_ONE_LAYER, [65536, 16384], _DEFAULT, _ALL_RETRIEVED),
+        *_cases(Shape(1, 32, 8, 65536, 64), [65536], _DEFAULT, _ALL_RETRIEVED),
+        *_cases(Shape(1, 16, 16, 65536, 128), [65536], _DEFAULT, _ALL_RETRIEVED),
+        *_cases(_LONGEST, [262144], _PAPER_LONG, _DEFAULT, _ALL_RETRIEVED),
     ],
     "lengths": _cases(_LONGEST, [1024 << doubling for doubling in range(9)], _DEFAULT, _PAPER),
     "budgets": _cases(
-        _ONE_LAYER, [65536], *(_DEFAULT.replace(num_retrieved=count) for count in (4, 8, 12, 24, 48))
+        _ONE_LAYER, [65536], *(_ALL_RETRIEVED.replace(num_retrieved=count) for count in (4, 8, 12, 24, 48))
     ),
     # For the reference on a CPU.
     "small": [

@@ -52,7 +52,7 @@ def setting_text(row: Row) -> str:
     dipole = " dipole" if row["multipole"] == "dipole" else ""
     hierarchy = f" {row['hierarchy']}" if row["causal"] else ""
     retrieved = f"r={row['num_retrieved']}"
-    if float(row["retrieval_threshold"]):
+    if row["num_retrieved"] and row["retrieval_threshold"]:
         retrieved += f" t={row['retrieval_threshold']}"
     return f"{row['summaries']}{dipole}{hierarchy} {clusters} {retrieved} b={row['local_block']}"
 

@@ -151,6 +151,17 @@ def use_muse(model: PreTrainedModel, layers: str, config: Any) -> None:
     muse_hf.patch_model(model, layers=muse_layers(layers), config=config)
 
 
+def use_exact_outside_graph(model: PreTrainedModel) -> None:
+    """Let all layers attend exactly in the way of MuSe layers: outside the graph of `torch.compile`.
+
+    In the graph Transformers masks causal attention by a tensor of context_length x context_length, with
+    which the fast kernels do not serve.
+    """
+    import muse_hf
+
+    muse_hf.patch_model(model, layers=[])
+
+
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """AdamW's groups: decay for matrices, none for embeddings, biases and norms."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}

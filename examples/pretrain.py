@@ -67,7 +67,7 @@ from corpus import (
     training_windows,
 )
 from losses import check_chunked_loss, use_chunked_loss
-from models import build_model, check_model, model_config, parameter_groups, use_muse
+from models import build_model, check_model, model_config, parameter_groups, use_exact_outside_graph, use_muse
 from plugin import muse_hf  # noqa: F401
 from pretrain_arguments import Arguments, DataArguments, RunArguments, parse_arguments
 from pretrain_report import compare, comparison_text, plot_losses
@@ -83,7 +83,7 @@ from transformers import (
     get_cosine_schedule_with_warmup,
 )
 
-from muse_hf import TrainingMonitor
+from muse_hf import TrainingMonitor, unpatch_model
 from muse_hf.environment import environment
 from muse_hf.models import temporary_policy, transformers_model
 from muse_hf.routing import shortest_length
@@ -342,6 +342,8 @@ def train(job: Job, accelerator: Accelerator, attention: Attention) -> None:
     model = build_model(job.arguments.model.checkpoint, job.config)
     if attention.config:
         use_muse(model, attention.layers, attention.config)
+    elif run.compile:
+        use_exact_outside_graph(model)
     if run.loss_chunk is not None:
         use_chunked_loss(model, run.loss_chunk)
     if run.gradient_checkpointing:
@@ -412,6 +414,8 @@ def train(job: Job, accelerator: Accelerator, attention: Attention) -> None:
     if attention.config:
         with temporary_policy(transformers_model(model)):  # exact in every layer
             measured["exact_attention_losses"] = held_out_losses(accelerator, model, held_out)
+    elif run.compile:
+        unpatch_model(model)
     save_result(accelerator, model, attention, folder, progress, job.tokenizer, measured)
     accelerator.wait_for_everyone()
     accelerator.free_memory()

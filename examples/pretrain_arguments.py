@@ -138,7 +138,7 @@ class DataArguments(TextArguments):
 class MuseArguments(MuseOptions):
     _argument_group_name = (
         "MuSe attention (left out: what suits the small default job, which is plain summaries, the dyadic "
-        "hierarchy, local blocks of 256 tokens, clusters of 16 keys and 16 retrieved clusters)"
+        "hierarchy, local blocks of 256 tokens, clusters of 16 keys and up to 16 retrieved clusters)"
     )
 
     layers: str = option(

@@ -44,7 +44,7 @@ class PretrainedArguments:
         "model's own policy, or all).",
     )
     max_loss_increase: float = option(0.002, "Budget of --layers auto, relative to the loss.")
-    num_retrieved: int | None = option(None, "Clusters each query attends to exactly.")
+    num_retrieved: int | None = option(None, "Clusters each query attends to exactly, at most.")
     retrieval_threshold: float | None = option(
         None,
         "Retrieve only clusters whose summary misses at least this share of a query's attention; 0: all.",

@@ -17,13 +17,15 @@ from muse_hf.models import InputError, hidden_states, temporary_policy, transfor
 from muse_hf.profiling import Quality, check_input, device_name, measure_layers, milliseconds
 from muse_hf.routing import check_windows, shortest_length, windowed_layers
 
-# The ladder of `layers="auto"`: no retrieval, few, default and many retrieved clusters. Exact attention is
-# its last step.
-RETRIEVED = (0, 4, 8, 12, 16, 24, 48)
+# The ladder of `layers="auto"`, in num_retrieved and retrieval_threshold: no retrieval, few, default and many
+# retrieved clusters. The threshold makes most steps, for it spares clusters where that harms least; without
+# one, every query pays for the largest number. Exact attention is the last step.
+RETRIEVED = ((0, 0.0), (8, 0.01), (24, 0.01), (24, 0.003), (24, 0.001), (24, 0.0), (48, 0.0))
 EXACT = None
 
-# What `recommend_config` tries.
-_LOCAL_BLOCKS, _CLUSTER_SIZES, _RETRIEVED_KEYS = (1024, 2048, 4096), (20, 40), (240, 480, 960)
+# What `recommend_config` tries. Clusters that a query retrieves have up to about so many keys, as by default.
+_LOCAL_BLOCKS, _CLUSTER_SIZES, _THRESHOLDS = (1024, 2048, 4096), (20, 40), (0.01, 0.003, 0.001)
+_RETRIEVED_KEYS = 960
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,16 @@ class Option:
     """One setting of one layer, measured.
 
     Attributes:
-        num_retrieved: Clusters each query retrieves; None is exact attention.
+        num_retrieved: Clusters each query retrieves at most; None is exact attention.
         ms: Time of attention on one row, forward and backward, in milliseconds.
         harm: As in `LayerProfile`; 0 for exact attention.
+        retrieval_threshold: As in `MuseConfig`.
     """
 
     num_retrieved: int | None
     ms: float
     harm: float
+    retrieval_threshold: float = 0.0
 
     @property
     def cost(self) -> float:
@@ -47,7 +51,10 @@ class Option:
 
     @property
     def name(self) -> str:
-        return "exact" if self.num_retrieved is EXACT else f"{self.num_retrieved} retrieved"
+        if self.num_retrieved is EXACT:
+            return "exact"
+        threshold = self.retrieval_threshold
+        return f"{self.num_retrieved} at {threshold:g}" if threshold else f"{self.num_retrieved} retrieved"
 
 
 @dataclass(frozen=True)
@@ -122,7 +129,7 @@ def choose_settings(
     Args:
         model: A bare Transformers model.
         input_ids: (B, N) calibration tokens without padding.
-        config: Everything but `num_retrieved` and `layers`.
+        config: Everything but `num_retrieved`, `retrieval_threshold` and `layers`.
         max_loss_increase: Budget relative to the exact loss; for models without a loss, of the relative
             squared error of the last hidden states.
 
@@ -133,7 +140,10 @@ def choose_settings(
     layers = [layer for layer in range(model.config.num_hidden_layers) if layer not in windowed]
     input_ids = check_input(model, input_ids, [config])
     config = _used_from(config, input_ids.shape[1], model.device)
-    ladder = [config.replace(layers=None, num_retrieved=number) for number in RETRIEVED]
+    ladder = [
+        config.replace(layers=None, num_retrieved=number, retrieval_threshold=threshold)
+        for number, threshold in RETRIEVED
+    ]
     candidates = dict.fromkeys(layers, ladder)
     profiles, quality = measure_layers(model, input_ids, candidates, with_backward=True)
     # All layers do the same work: the median over them is the better measure of a setting's time.
@@ -141,7 +151,8 @@ def choose_settings(
     exact = Option(EXACT, statistics.median(profiles[layer][0].exact_ms for layer in layers), 0.0)
     options = {
         layer: [
-            Option(number, ms, entry.harm) for number, ms, entry in zip(RETRIEVED, times, profiles[layer])
+            Option(number, ms, entry.harm, threshold)
+            for (number, threshold), ms, entry in zip(RETRIEVED, times, profiles[layer])
         ]
         + [exact]
         for layer in layers
@@ -193,7 +204,10 @@ def policy_of(chosen: Mapping[int, Option], config: MuseConfig) -> MuseConfig:
     """The options chosen for layers as a config for the whole model."""
     return config.replace(
         layers={
-            layer: {"num_retrieved": option.num_retrieved}
+            layer: {
+                "num_retrieved": option.num_retrieved,
+                "retrieval_threshold": option.retrieval_threshold,
+            }
             for layer, option in chosen.items()
             if option.num_retrieved is not EXACT
         }
@@ -246,12 +260,16 @@ class Recommendation:
         exact = self.candidates[0]
         lines = [
             f"measured on {self.rows} x {self.length} tokens on {self.device}, one setting in all layers",
-            f"{'local_block':>11}{'cluster_size':>14}{'num_retrieved':>15}{'harm':>20}{'forward':>14}",
+            f"{'local_block':>11}{'cluster_size':>14}{'num_retrieved':>15}{'threshold':>11}"
+            f"{'harm':>20}{'forward':>14}",
         ]
         for candidate in self.candidates:
-            numbers = f"{'exact':>11}{'':29}"
+            numbers = f"{'exact':>11}{'':40}"
             if config := candidate.config:
-                numbers = f"{config.local_block:11}{config.cluster_size:14}{config.num_retrieved:15}"
+                numbers = (
+                    f"{config.local_block:11}{config.cluster_size:14}{config.num_retrieved:15}"
+                    f"{config.retrieval_threshold:11g}"
+                )
             mark = " *" if candidate == self.best else ""
             harm = f"{candidate.harm:+.3%} ± {candidate.harm_error:.3%}"
             lines.append(f"{numbers}{harm:>20}{candidate.ms:11.1f} ms{mark}")
@@ -287,8 +305,13 @@ def recommend_config(
     check_windows(base.config, list(range(base.config.num_hidden_layers)))
     input_ids = check_input(base, input_ids, [MuseConfig(local_block=_LOCAL_BLOCKS[0])])
     settings = [
-        MuseConfig(local_block=block, cluster_size=size, num_retrieved=keys // size)
-        for block, size, keys in product(_LOCAL_BLOCKS, _CLUSTER_SIZES, _RETRIEVED_KEYS)
+        MuseConfig(
+            local_block=block,
+            cluster_size=size,
+            num_retrieved=_RETRIEVED_KEYS // size,
+            retrieval_threshold=threshold,
+        )
+        for block, size, threshold in product(_LOCAL_BLOCKS, _CLUSTER_SIZES, _THRESHOLDS)
         if block < input_ids.shape[1]
     ]
     settings = [_used_from(config, input_ids.shape[1], base.device) for config in settings]

@@ -251,11 +251,11 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_policy(parser: argparse.ArgumentParser, layers: str) -> None:
     parser.add_argument("--layers", metavar="LAYERS", help=layers)
-    parser.add_argument("--num-retrieved", type=int, help="Clusters each query attends to exactly.")
+    parser.add_argument("--num-retrieved", type=int, help="Clusters each query attends to exactly, at most.")
     parser.add_argument(
         "--retrieval-threshold",
         type=float,
-        help="Of these, only those whose summary misses at least this share of a query's attention.",
+        help="Of these, only those whose summary misses at least this share of a query's attention; 0: all.",
     )
     parser.add_argument("--cluster-size", type=int, help="Mean number of keys in a cluster.")
     parser.add_argument("--local-block", type=int, help="Tokens attended exactly around each token.")

@@ -37,9 +37,9 @@ class MuseConfig:
         num_clusters: Clusters per key block, whatever its length. Exclusive with `cluster_size`.
         cluster_size: Mean number of keys in a cluster; a block of s keys gets ceil(s / cluster_size)
             clusters. 40 when neither field is given. Tilted summaries cost the square of their number.
-        num_retrieved: Clusters that each query attends to exactly, those of largest logit to second order
-            among all the summaries it sees. 0 turns retrieval off; more cost time and reduce the error. The
-            kernels serve up to 64.
+        num_retrieved: Largest number of clusters that a query attends to exactly, those of largest logit to
+            second order among all the summaries it sees. 0 turns retrieval off; more cost time and reduce
+            the error. The kernels serve up to 64.
         retrieval_threshold: Of these, only those are retrieved whose summary misses at least this share of a
             query's attention: what second order adds to their weight, over the sum of all weights to first
             order. With 0 every query retrieves `num_retrieved`; without retrieval it does nothing.
@@ -71,8 +71,8 @@ class MuseConfig:
 
     num_clusters: int | None = None
     cluster_size: int | None = None
-    num_retrieved: int = 12
-    retrieval_threshold: float = 0.0
+    num_retrieved: int = 24
+    retrieval_threshold: float = 0.003
     local_block: int = 2048
     summaries: str = "plain"
     hierarchy: str = "flat"
@@ -157,10 +157,12 @@ class MuseConfig:
         )
         leaks = self.summaries == "tilted" and self.query_centroids == "own"
         warning = ", own query centroids (in causal attention later tokens leak into earlier ones)"
-        up_to = "up to " if self.num_retrieved and self.retrieval_threshold else ""
+        retrieved = f"{self.num_retrieved} retrieved"
+        if self.num_retrieved and self.retrieval_threshold:
+            retrieved = f"up to {retrieved} at threshold {self.retrieval_threshold:g}"
         return (
             f"{self.hierarchy} blocks from {self.local_block} tokens, {clusters}, {self.summaries} "
-            f"summaries, {self.multipole}, {up_to}{self.num_retrieved} retrieved"
+            f"summaries, {self.multipole}, {retrieved}"
             f"{warning if leaks else ''}"
         )
 

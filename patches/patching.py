@@ -62,8 +62,9 @@ def patch_model(
         model: A Transformers model, also inside a PEFT model, a compiled model or a parallel wrapper.
         layers: `"all"`; `"central"`, the paper's choice of the one in the middle; layer indices, negative
             ones counted from the end; or a mapping from layer index to fields of `config` that differ there.
-            By default what `config.layers` says. `"auto"` measures: every layer gets the fastest setting of
-            a ladder (numbers of retrieved clusters, exact attention) that keeps the model within a budget.
+            By default what `config.layers` says. `"auto"` measures: every layer gets the fastest step of a
+            ladder (no, few, default, many retrieved clusters, exact attention), whatever `config` says of
+            retrieval, such that the model stays within a budget.
         config: By default the policy that the model already has, else `MuseConfig()`.
         max_loss_increase: The budget of `"auto"`: how much larger the loss on `calibration` may be than with
             exact attention, relatively. For a model without a next-token loss, Σ|MuSe - exact|² / Σ|exact|²

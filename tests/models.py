@@ -25,7 +25,7 @@ LAYERS, HEADS, KV_HEADS, HIDDEN, VOCABULARY = 3, 4, 2, 32, 99
 LOCAL_BLOCK = 16
 LONG, MEDIUM, SHORT = 70, 45, 12  # tokens: several blocks, some blocks, less than a block
 
-MUSE = MuseConfig(local_block=LOCAL_BLOCK, cluster_size=4, num_retrieved=2)
+MUSE = MuseConfig(local_block=LOCAL_BLOCK, cluster_size=4, num_retrieved=2, retrieval_threshold=0.0)
 EVERYTHING = MUSE.replace(num_retrieved=1000)  # all keys are retrieved, so that MuSe is exact
 
 _SIZES = {

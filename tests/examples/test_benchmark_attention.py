@@ -75,7 +75,8 @@ def test_a_run_leaves_rows_a_plot_and_a_table(tmp_path, capsys):
             assert 0 < low <= middle <= high
     assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
-    for part in ("speed-up", "1x2/1x70x8 causal", "plain flat n=4 r=2 b=16", f"{error:.2%}", str(output)):
+    setting = "plain flat n=4 r=2 t=0.003 b=16"
+    for part in ("speed-up", "1x2/1x70x8 causal", setting, f"{error:.2%}", str(output)):
         assert part in printed, f"{part!r} is not in the table:\n{printed}"
 
 

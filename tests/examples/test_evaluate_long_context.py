@@ -96,7 +96,8 @@ def test_the_small_model_copies_and_learns(monkeypatch):
 @pytest.mark.parametrize("settings", ["everything", "auto"])
 def test_a_run_leaves_tables_and_pictures(settings, folder, tmp_path, capsys):
     muse = ["--local_block", 64, "--cluster_size", 8]
-    muse += {"everything": ["--num_retrieved", 999], "auto": ["--layers", "auto"]}[settings]
+    everything = ["--num_retrieved", 999, "--retrieval_threshold", 0]
+    muse += {"everything": everything, "auto": ["--layers", "auto"]}[settings]
     assert run(folder, *TINY, *muse, "--output_dir", tmp_path / "out") == 0
     printed = capsys.readouterr().out
     for part in ("MuSe attention in", "loss by position", "right answers", "prefill", "tokens are the same"):

@@ -12,7 +12,13 @@ from tests.kernels.comparing import DEVICE, LOW, NAMES, check, check_sequences, 
 from tests.kernels.dense import dense_attention
 
 CONFIG = MuseConfig(
-    local_block=16, cluster_size=4, num_retrieved=2, kmeans_iters=1, cluster_cap=1.5, backend="triton"
+    local_block=16,
+    cluster_size=4,
+    num_retrieved=2,
+    retrieval_threshold=0.0,
+    kmeans_iters=1,
+    cluster_cap=1.5,
+    backend="triton",
 )
 
 

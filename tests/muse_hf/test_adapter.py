@@ -101,7 +101,9 @@ def test_loading_switching_and_patching_are_the_same(family, tmp_path):
 @pytest.mark.parametrize("before_forward", [True, False])
 def test_a_policy_set_by_hand_is_saved(before_forward, tmp_path):
     model = tiny_model("llama", attention="muse")
-    model.config.muse = MuseConfig(local_block=LOCAL_BLOCK, cluster_size=4, layers={-1: {"num_retrieved": 2}})
+    model.config.muse = MuseConfig(
+        local_block=LOCAL_BLOCK, cluster_size=4, retrieval_threshold=0.0, layers={-1: {"num_retrieved": 2}}
+    )
     if not before_forward:
         output_of(model, tokens(LONG))
     assert '"num_retrieved": 2' in repr(model.config)

@@ -12,7 +12,8 @@ from muse_hf import profile_layers
 from muse_hf.cli import main
 from tests.models import MUSE, byte_tokenizer, tiny_model
 
-TINY = ["--local-block", "16", "--cluster-size", "4", "--num-retrieved", "2"]
+# As MUSE.
+TINY = ["--local-block", "16", "--cluster-size", "4", "--num-retrieved", "2", "--retrieval-threshold", "0"]
 
 
 @pytest.fixture(scope="module")

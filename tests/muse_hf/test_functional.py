@@ -8,7 +8,7 @@ import torch
 
 from muse_hf import MuseConfig, Segments, exact_attention, muse_attention
 
-SMALL = MuseConfig(local_block=16, cluster_size=4, num_retrieved=3)
+SMALL = MuseConfig(local_block=16, cluster_size=4, num_retrieved=3, retrieval_threshold=0.0)
 
 
 def qkv(queries=70, keys=None, heads=4, kv_heads=2, batch=2, dim=8, dtype=torch.float64, seed=0):

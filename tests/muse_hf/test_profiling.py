@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from muse_hf import MuseConfig, patch_model, profile_layers, recommend_config, unpatch_model
-from muse_hf.choosing import Option, assignments
+from muse_hf.choosing import RETRIEVED, Option, assignments
 from muse_hf.models import token_losses
 from muse_hf.profiling import _gradients, exact_parts
 from tests.models import CAUSAL_FAMILIES, EVERYTHING, FAMILIES, LONG, MUSE, output_of, tiny_model, tokens
@@ -170,7 +170,7 @@ def costs(monkeypatch):
         return 100.0 if config is None else 1.0 + config.num_retrieved
 
     monkeypatch.setattr("muse_hf.profiling.milliseconds", milliseconds)
-    monkeypatch.setattr("muse_hf.choosing.RETRIEVED", (0, 2, 4, 8))
+    monkeypatch.setattr("muse_hf.choosing.RETRIEVED", ((0, 0.0), (2, 0.0), (4, 0.0), (8, 0.0)))
     return timed
 
 
@@ -211,6 +211,10 @@ def test_assignments_go_from_the_fastest_to_exact():
     }
     found = [tuple(option.num_retrieved for option in chosen.values()) for chosen in assignments(options)]
     assert list(dict.fromkeys(found)) == [(0, 0), (8, 0), (None, 0), (None, None)]
+
+
+def test_the_default_setting_is_a_step_of_the_ladder():
+    assert (MuseConfig().num_retrieved, MuseConfig().retrieval_threshold) in RETRIEVED
 
 
 def test_auto_leaves_layers_with_a_window_exact(costs):
@@ -269,13 +273,16 @@ def test_short_text_leaves_a_margin(costs, monkeypatch):
 def test_the_recommendation_is_the_fastest_within_the_budget(monkeypatch):
     monkeypatch.setattr("muse_hf.choosing._LOCAL_BLOCKS", (16, 32, 128))
     monkeypatch.setattr("muse_hf.choosing._CLUSTER_SIZES", (4,))
-    monkeypatch.setattr("muse_hf.choosing._RETRIEVED_KEYS", (8, 400))
+    monkeypatch.setattr("muse_hf.choosing._RETRIEVED_KEYS", 400)
+    monkeypatch.setattr("muse_hf.choosing._THRESHOLDS", (0.5, 0.0))
     clock = iter([5.0, 1.0, 4.0, 3.0, 2.0])
     monkeypatch.setattr("muse_hf.choosing.milliseconds", lambda call, device: next(clock))
     model = tiny_model("llama")
     found = recommend_config(model, text_of(model), max_loss_increase=1e-6)
     assert [candidate.ms for candidate in found.candidates] == [5.0, 1.0, 2.0, 3.0, 4.0]
-    assert (found.best.config.local_block, found.best.config.num_retrieved, found.best.ms) == (32, 100, 2.0)
+    best = found.best.config
+    assert (best.local_block, best.num_retrieved, best.retrieval_threshold) == (32, 100, 0.0)
+    assert found.best.ms == 2.0
     assert "Recommended: flat blocks from 32 tokens, clusters of 4 keys" in str(found)
     assert "2.50x as fast as exact attention" in str(found)
     json.dumps(found.to_dict())

@@ -169,7 +169,7 @@ def test_the_report_prints_what_was_done():
     assert str(report).splitlines() == [
         "LlamaForCausalLM: MuSe attention in 2 of 3 layers (unpatch_model restores 'eager')",
         "  layer 0: dyadic blocks from 256 tokens, clusters of 40 keys, plain summaries, monopole, "
-        "4 retrieved",
+        "up to 4 retrieved at threshold 0.003",
         "  layer 2: dyadic blocks from 256 tokens, 8 clusters a block, tilted summaries, dipole, 0 retrieved",
     ]
     assert str(patch_model(model, layers=[])) == (

@@ -26,6 +26,8 @@ SETTINGS = [
 ]
 STRICTLY_CAUSAL = [fields for fields, causal in SETTINGS if causal and fields["query_centroids"] == "past"]
 
+EVERYTHING = MuseConfig(local_block=16, cluster_size=4, num_retrieved=1000, retrieval_threshold=0.0)
+
 
 def label(case):
     fields, causal = case if isinstance(case, tuple) else (case, True)
@@ -63,7 +65,7 @@ def assert_equal_to_exact(inputs, is_causal, config):
 @pytest.mark.parametrize("length", [64, 77])
 def test_everything_retrieved_is_exact(case, length):
     fields, is_causal = case
-    config = MuseConfig(local_block=16, cluster_size=4, num_retrieved=1000, **fields)
+    config = EVERYTHING.replace(**fields)
     assert_equal_to_exact(tensors(length), is_causal, config)
 
 
@@ -200,9 +202,8 @@ def test_working_through_the_batch_in_parts_changes_nothing(monkeypatch):
 
 
 def test_different_lengths_without_causality():
-    config = MuseConfig(local_block=16, cluster_size=4, num_retrieved=1000)
-    assert_equal_to_exact(tensors(21, keys=53), False, config)
-    tilted = config.replace(summaries="tilted", multipole="dipole")
+    assert_equal_to_exact(tensors(21, keys=53), False, EVERYTHING)
+    tilted = EVERYTHING.replace(summaries="tilted", multipole="dipole")
     assert_equal_to_exact(tensors(53, keys=21), False, tilted)
 
 
@@ -213,7 +214,7 @@ def test_error_falls_with_the_number_of_retrieved_clusters(summaries):
     expected, _ = exact(*inputs, True)
     errors = []
     for num_retrieved in (0, 4, 16, 64):
-        config = MuseConfig(local_block=32, cluster_size=4, num_retrieved=num_retrieved, summaries=summaries)
+        config = EVERYTHING.replace(local_block=32, num_retrieved=num_retrieved, summaries=summaries)
         output, _ = reference_attention(*inputs, is_causal=True, config=config)
         errors.append(((output - expected).norm() / expected.norm()).item())
     assert errors == sorted(errors, reverse=True)

@@ -18,7 +18,7 @@ from muse_hf.kernels.operators import (
 from muse_hf.kernels.refinement import num_words, refine
 from muse_hf.kernels.refinement_backward import query_backward, summary_backward
 from muse_hf.kernels.retrieval import Items, retrieve, retrieve_backward, shared_memory_for, sort_items
-from muse_hf.kernels.selection import MOST_RETRIEVED, list_choice
+from muse_hf.kernels.selection import MOST_RETRIEVED, choice_dtype, list_choice
 from muse_hf.kernels.weight_terms import weight_terms
 
 from muse_hf.config import MuseConfig
@@ -95,8 +95,9 @@ def forward(
     chosen = refine(
         query, clusters, layout, local, local_lse, output, lse, scale, num_retrieved, threshold, block
     )
-    choice = list_choice(chosen, layout, num_retrieved, block)
-    items = sort_items(choice.view(key.shape[1], choice.numel() // key.shape[1]), clusters.count.shape[1])
+    num_clusters = clusters.count.shape[1]
+    choice = list_choice(chosen, layout, num_clusters, num_retrieved, block)
+    items = sort_items(choice.view(key.shape[1], choice.numel() // key.shape[1]), num_clusters)
     retrieve(query, key, value, clusters, choice, items, output, lse, scale)
     row_lse = query.new_empty(batch, heads, length, dtype=torch.float32)
     row_lse.copy_(lse.view(heads, batch, length).transpose(0, 1))
@@ -122,7 +123,7 @@ def fake(
         new(heads, tokens, dtype=torch.float32),
         new(batch, heads, length, dtype=torch.float32),
         new(heads, tokens, num_words(max_seen, num_retrieved)),
-        new(heads, tokens, num_retrieved),
+        new(heads, tokens, num_retrieved, dtype=choice_dtype(num_clusters)),
         new(kv_heads, num_items),
         new(kv_heads, num_clusters + 1),
         new(kv_heads, num_clusters, capacity),

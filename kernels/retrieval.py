@@ -34,8 +34,8 @@ _WIDE_BACKWARD = {"BLOCK_Q": 32, "num_warps": 4, "num_stages": 3}
 _WIDEST_BACKWARD = {"BLOCK_Q": 32, "num_warps": 8, "num_stages": 2}
 # Programs that share the queries of a cluster in the forward pass.
 _SPLITS = 4
-# Entries of partial outputs that one program merges.
-_MERGED = 16384
+# Numbers of outputs that one program merges: 16 bytes a thread of every partial output.
+_MERGED = 1024
 
 
 class Items(NamedTuple):
@@ -52,9 +52,8 @@ class Items(NamedTuple):
 
 def sort_items(choice: torch.Tensor, num_clusters: int) -> Items:
     """Sort the choice (Hkv, queries * r); clusters of -1 come first and belong to none."""
-    dtype = torch.int16 if num_clusters < 1 << 15 else torch.int32
-    sorted_keys, order = choice.to(dtype).sort(dim=1, stable=True)
-    numbers = _cluster_numbers(choice.shape[0], num_clusters + 1, dtype, choice.device)
+    sorted_keys, order = choice.sort(dim=1, stable=True)
+    numbers = _cluster_numbers(choice.shape[0], num_clusters + 1, choice.dtype, choice.device)
     bounds = torch.searchsorted(sorted_keys, numbers, out_int32=True)
     return Items(order.to(torch.int32), bounds)
 
@@ -219,6 +218,16 @@ def _retrieve_backward_kernel(
 
 
 @triton.jit
+def _items_of_queries(choice, row, first_item, inside, NUM_RETRIEVED: tl.constexpr, BLOCK_R: tl.constexpr):
+    """First item of each query, how many it has (the rest of its choice is -1), and the most that one has."""
+    ranks = tl.arange(0, BLOCK_R)
+    exists = inside[:, None] & (ranks < NUM_RETRIEVED)[None, :]
+    chosen = tl.load(choice + row[:, None] * NUM_RETRIEVED + ranks[None, :], mask=exists, other=-1)
+    count = tl.sum((chosen >= 0).to(tl.int32), 1)
+    return first_item * NUM_RETRIEVED, count, tl.max(count, 0)
+
+
+@triton.jit
 def _merge_kernel(
     partial, partial_lse, choice, output, lse, stride_b, stride_h, stride_n, length, num_tokens, first_head,
     NUM_RETRIEVED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
@@ -228,30 +237,37 @@ def _merge_kernel(
     head = first_head + tl.program_id(1)
     tokens = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     inside = tokens < num_tokens
-    ranks, dims = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
-    item = (tl.program_id(1).to(tl.int64) * num_tokens + tokens)[:, None] * NUM_RETRIEVED + ranks[None, :]
     row = head.to(tl.int64) * num_tokens + tokens
-    exists = inside[:, None] & (ranks < NUM_RETRIEVED)[None, :]
-    real = tl.load(choice + row[:, None] * NUM_RETRIEVED + ranks[None, :], mask=exists, other=-1) >= 0
-    inside &= tl.max(real.to(tl.int32), 1) > 0
-    part_lse = tl.load(partial_lse + item, mask=real, other=-float("inf"))
+    item, count, most = _items_of_queries(
+        choice, row, tl.program_id(1).to(tl.int64) * num_tokens + tokens, inside, NUM_RETRIEVED, BLOCK_R
+    )
+    inside &= count > 0
+    ranks, dims = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    lse_at = partial_lse + item[:, None] + ranks[None, :]
+    part_lse = tl.load(lse_at, mask=ranks[None, :] < count[:, None], other=-float("inf"))
     old_lse = tl.load(lse + row, mask=inside, other=0)
     top = tl.maximum(old_lse, tl.max(part_lse, 1))
-    weight = tl.exp(part_lse - top[:, None])
-    part = tl.load(
-        partial + item[:, :, None] * HEAD_DIM + dims[None, None, :],
-        mask=real[:, :, None] & (dims < HEAD_DIM)[None, None, :],
-        other=0,
-    ).to(tl.float32)
-    o = load_rows(output, tokens, inside, head, stride_b, stride_h, stride_n, length, HEAD_DIM, BLOCK_D)
     old_weight = tl.exp(old_lse - top)
-    o = o.to(tl.float32) * old_weight[:, None] + tl.sum(part * weight[:, :, None], 1)
-    total = old_weight + tl.sum(weight, 1)
+    o = load_rows(output, tokens, inside, head, stride_b, stride_h, stride_n, length, HEAD_DIM, BLOCK_D)
+    o = o.to(tl.float32) * old_weight[:, None]
+    for rank in range(0, most):
+        real = rank < count
+        weight = tl.exp(tl.load(partial_lse + item + rank, mask=real, other=-float("inf")) - top)
+        o += _part(partial, item + rank, real, HEAD_DIM, BLOCK_D) * weight[:, None]
+    total = old_weight + tl.sum(tl.exp(part_lse - top[:, None]), 1)
     tl.store(lse + row, top + tl.log(total), mask=inside)
     store_rows(
         output, o * (1 / total)[:, None], tokens, inside, head, stride_b, stride_h, stride_n, length,
         HEAD_DIM, BLOCK_D,
     )  # fmt: skip
+
+
+@triton.jit
+def _part(partial, item, real, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What items left behind, in float32, and zero where there is none."""
+    dims = tl.arange(0, BLOCK_D)
+    mask = real[:, None] & (dims < HEAD_DIM)[None, :]
+    return tl.load(partial + item[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -264,18 +280,15 @@ def _add_kernel(
     head = first_head + tl.program_id(1)
     tokens = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     inside = tokens < num_tokens
-    ranks, dims = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
-    item = (tl.program_id(1).to(tl.int64) * num_tokens + tokens)[:, None] * NUM_RETRIEVED + ranks[None, :]
-    row = head.to(tl.int64) * num_tokens + tokens
-    exists = inside[:, None] & (ranks < NUM_RETRIEVED)[None, :]
-    real = tl.load(choice + row[:, None] * NUM_RETRIEVED + ranks[None, :], mask=exists, other=-1) >= 0
-    part = tl.load(
-        partial + item[:, :, None] * HEAD_DIM + dims[None, None, :],
-        mask=real[:, :, None] & (dims < HEAD_DIM)[None, None, :],
-        other=0,
-    ).to(tl.float32)
+    item, count, most = _items_of_queries(
+        choice, head.to(tl.int64) * num_tokens + tokens, tl.program_id(1).to(tl.int64) * num_tokens + tokens,
+        inside, NUM_RETRIEVED, BLOCK_R,
+    )  # fmt: skip
+    inside &= count > 0
     dq = load_rows(grad_query, tokens, inside, head, stride_b, stride_h, stride_n, length, HEAD_DIM, BLOCK_D)
-    dq = dq.to(tl.float32) + tl.sum(part, 1)
+    dq = dq.to(tl.float32)
+    for rank in range(0, most):
+        dq += _part(partial, item + rank, rank < count, HEAD_DIM, BLOCK_D)
     store_rows(grad_query, dq, tokens, inside, head, stride_b, stride_h, stride_n, length, HEAD_DIM, BLOCK_D)
 
 
@@ -363,7 +376,7 @@ def _over_queries(kernel, query: torch.Tensor, key: torch.Tensor, kv_heads: rang
     groups = heads // key.shape[1]
     num_tokens = batch * length
     block_d, block_r = power_of_two(head_dim), power_of_two(num_retrieved)
-    block_q = max(1, _MERGED // (block_d * block_r))
+    block_q = max(1, _MERGED // block_d)
 
     def over_queries(*arguments) -> None:
         launch(

@@ -95,11 +95,18 @@ def _list_kernel(
         tl.store(to + rank, -1, mask=inside & (rank >= found))
 
 
-def list_choice(chosen: torch.Tensor, layout: Layout, num_retrieved: int, block: int) -> torch.Tensor:
-    """The choice (H, B * N, r) int32 from its bits (H, B * N, WORDS): clusters counted over the batch, in
-    ascending order, and -1 behind the last."""
+def choice_dtype(num_clusters: int) -> torch.dtype:
+    """Of the numbers of clusters in a choice: the narrower, the faster they are sorted."""
+    return torch.int16 if num_clusters < 1 << 15 else torch.int32
+
+
+def list_choice(
+    chosen: torch.Tensor, layout: Layout, num_clusters: int, num_retrieved: int, block: int
+) -> torch.Tensor:
+    """The choice (H, B * N, r) from its bits (H, B * N, WORDS): clusters counted over the batch, in ascending
+    order, and -1 behind the last."""
     heads, num_tokens, num_words = chosen.shape
-    choice = chosen.new_empty(heads, num_tokens, num_retrieved)
+    choice = chosen.new_empty(heads, num_tokens, num_retrieved, dtype=choice_dtype(num_clusters))
     if layout.outside is not None:
         choice.fill_(-1)
     if not num_retrieved:

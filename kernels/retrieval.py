@@ -228,6 +228,14 @@ def _items_of_queries(choice, row, first_item, inside, NUM_RETRIEVED: tl.constex
 
 
 @triton.jit
+def _part(partial, item, real, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What items left behind, in float32, and zero where there is none."""
+    dims = tl.arange(0, BLOCK_D)
+    mask = real[:, None] & (dims < HEAD_DIM)[None, :]
+    return tl.load(partial + item[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0).to(tl.float32)
+
+
+@triton.jit
 def _merge_kernel(
     partial, partial_lse, choice, output, lse, stride_b, stride_h, stride_n, length, num_tokens, first_head,
     NUM_RETRIEVED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
@@ -242,7 +250,7 @@ def _merge_kernel(
         choice, row, tl.program_id(1).to(tl.int64) * num_tokens + tokens, inside, NUM_RETRIEVED, BLOCK_R
     )
     inside &= count > 0
-    ranks, dims = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_D)
+    ranks = tl.arange(0, BLOCK_R)
     lse_at = partial_lse + item[:, None] + ranks[None, :]
     part_lse = tl.load(lse_at, mask=ranks[None, :] < count[:, None], other=-float("inf"))
     old_lse = tl.load(lse + row, mask=inside, other=0)
@@ -260,14 +268,6 @@ def _merge_kernel(
         output, o * (1 / total)[:, None], tokens, inside, head, stride_b, stride_h, stride_n, length,
         HEAD_DIM, BLOCK_D,
     )  # fmt: skip
-
-
-@triton.jit
-def _part(partial, item, real, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """What items left behind, in float32, and zero where there is none."""
-    dims = tl.arange(0, BLOCK_D)
-    mask = real[:, None] & (dims < HEAD_DIM)[None, :]
-    return tl.load(partial + item[:, None] * HEAD_DIM + dims[None, :], mask=mask, other=0).to(tl.float32)
 
 
 @triton.jit

@@ -6,6 +6,7 @@ from itertools import chain
 import torch
 from muse_hf.kernels.clustering import PADDING, Clusters, cluster_keys
 from muse_hf.kernels.common import shared_memory_of
+from muse_hf.kernels.items import Items, list_items
 from muse_hf.kernels.layout import count_clusters, layout_of
 from muse_hf.kernels.local import local_forward
 from muse_hf.kernels.local_backward import local_backward
@@ -17,8 +18,8 @@ from muse_hf.kernels.operators import (
 )
 from muse_hf.kernels.refinement import num_words, refine
 from muse_hf.kernels.refinement_backward import query_backward, summary_backward
-from muse_hf.kernels.retrieval import Items, retrieve, retrieve_backward, shared_memory_for, sort_items
-from muse_hf.kernels.selection import MOST_RETRIEVED, choice_dtype, list_choice
+from muse_hf.kernels.retrieval import retrieve, retrieve_backward, shared_memory_for
+from muse_hf.kernels.selection import MOST_RETRIEVED
 from muse_hf.kernels.weight_terms import weight_terms
 
 from muse_hf.config import MuseConfig
@@ -95,15 +96,13 @@ def forward(
     chosen = refine(
         query, clusters, layout, local, local_lse, output, lse, scale, num_retrieved, threshold, block
     )
-    num_clusters = clusters.count.shape[1]
-    choice = list_choice(chosen, layout, num_clusters, num_retrieved, block)
-    items = sort_items(choice.view(key.shape[1], choice.numel() // key.shape[1]), num_clusters)
-    retrieve(query, key, value, clusters, choice, items, output, lse, scale)
+    items = list_items(chosen, layout, *clusters.count.shape, num_retrieved, block, clusters_per_block)
+    retrieve(query, key, value, clusters, items, output, lse, scale)
     row_lse = query.new_empty(batch, heads, length, dtype=torch.float32)
     row_lse.copy_(lse.view(heads, batch, length).transpose(0, 1))
     if layout.outside is not None:
         row_lse.masked_fill_(layout.outside.view(batch, 1, length), 0)
-    return [output, lse, row_lse, chosen, choice, *items, *clusters]
+    return [output, lse, row_lse, chosen, *items, *clusters]
 
 
 def fake(
@@ -123,9 +122,9 @@ def fake(
         new(heads, tokens, dtype=torch.float32),
         new(batch, heads, length, dtype=torch.float32),
         new(heads, tokens, num_words(max_seen, num_retrieved)),
-        new(heads, tokens, num_retrieved, dtype=choice_dtype(num_clusters)),
         new(kv_heads, num_items),
         new(kv_heads, num_clusters + 1),
+        new(heads, tokens, dtype=torch.uint8),
         new(kv_heads, num_clusters, capacity),
         new(kv_heads, num_clusters),
         new(rows, dtype=torch.float32),
@@ -149,8 +148,8 @@ def backward(
     clusters_per_block: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value. `saved` is what `forward` returns behind the logsumexps."""
-    chosen, choice, *rest = saved
-    items, clusters = Items(*rest[:2]), Clusters(*rest[2:])
+    chosen, *rest = saved
+    items, clusters = Items(*rest[:3]), Clusters(*rest[3:])
     tokens = query.shape[0] * query.shape[2]
     layout = layout_of(tuple(sequences), tokens, block, clusters_per_block, query.device)
     grad = addressable(grad, block)
@@ -160,7 +159,7 @@ def backward(
         query, clusters, layout, chosen, grad, lse, delta, scale, block, clusters_per_block
     )
     query_backward(query, clusters, layout, chosen, grad, lse, delta, grads[0], scale, block)
-    retrieve_backward(query, key, value, grad, terms, clusters, choice, items, grad_means, grads, scale)
+    retrieve_backward(query, key, value, grad, terms, clusters, items, grad_means, grads, scale)
     return grads
 
 

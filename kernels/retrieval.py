@@ -1,11 +1,9 @@
 """Retrieval: exact attention of every query to the keys of the clusters it chose.
 
-Items are (query, rank) pairs, item = row * r + rank where row counts queries head by head. They are sorted by
-cluster, so that one program holds the keys of a cluster and streams the queries that chose it. Every item has
-its own partial output; partial outputs are merged per query in a fixed order.
+Items (`items.py`) are listed by cluster, so that one program holds the keys of a cluster and streams the
+queries that chose it. Every item has its own partial output; partial outputs are merged per query in a fixed
+order.
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -14,13 +12,13 @@ from muse_hf.kernels.clustering import Clusters
 from muse_hf.kernels.common import (
     LOG2_E,
     choose_launch,
-    kept_on_device,
     load_rows,
     power_of_two,
     row_offsets,
     store_rows,
     token_strides,
 )
+from muse_hf.kernels.items import Items
 from muse_hf.kernels.launch import ceil_div, launch
 
 # Partial outputs that exist at once. Key/value heads are worked through in parts of this size.
@@ -36,32 +34,6 @@ _WIDEST_BACKWARD = {"BLOCK_Q": 32, "num_warps": 8, "num_stages": 2}
 _SPLITS = 4
 # Numbers of outputs that one program merges: 16 bytes a thread of every partial output.
 _MERGED = 1024
-
-
-class Items(NamedTuple):
-    """Items in the order of their clusters, for each key/value head.
-
-    Attributes:
-        order: (Hkv, S) int32 items, S = query heads a key/value head * tokens * r.
-        bounds: (Hkv, J + 1) int32: the items of cluster j are order[bounds[j] : bounds[j + 1]].
-    """
-
-    order: torch.Tensor
-    bounds: torch.Tensor
-
-
-def sort_items(choice: torch.Tensor, num_clusters: int) -> Items:
-    """Sort the choice (Hkv, queries * r); clusters of -1 come first and belong to none."""
-    sorted_keys, order = choice.sort(dim=1, stable=True)
-    numbers = _cluster_numbers(choice.shape[0], num_clusters + 1, choice.dtype, choice.device)
-    bounds = torch.searchsorted(sorted_keys, numbers, out_int32=True)
-    return Items(order.to(torch.int32), bounds)
-
-
-@kept_on_device
-def _cluster_numbers(heads: int, many: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """0, 1, ... for each head: a constant that is only read."""
-    return torch.arange(many, dtype=dtype).repeat(heads, 1).to(device)
 
 
 @triton.jit
@@ -218,16 +190,6 @@ def _retrieve_backward_kernel(
 
 
 @triton.jit
-def _items_of_queries(choice, row, first_item, inside, NUM_RETRIEVED: tl.constexpr, BLOCK_R: tl.constexpr):
-    """First item of each query, how many it has (the rest of its choice is -1), and the most that one has."""
-    ranks = tl.arange(0, BLOCK_R)
-    exists = inside[:, None] & (ranks < NUM_RETRIEVED)[None, :]
-    chosen = tl.load(choice + row[:, None] * NUM_RETRIEVED + ranks[None, :], mask=exists, other=-1)
-    count = tl.sum((chosen >= 0).to(tl.int32), 1)
-    return first_item * NUM_RETRIEVED, count, tl.max(count, 0)
-
-
-@triton.jit
 def _part(partial, item, real, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     """What items left behind, in float32, and zero where there is none."""
     dims = tl.arange(0, BLOCK_D)
@@ -237,7 +199,7 @@ def _part(partial, item, real, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _merge_kernel(
-    partial, partial_lse, choice, output, lse, stride_b, stride_h, stride_n, length, num_tokens, first_head,
+    partial, partial_lse, number, output, lse, stride_b, stride_h, stride_n, length, num_tokens, first_head,
     NUM_RETRIEVED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -246,9 +208,8 @@ def _merge_kernel(
     tokens = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     inside = tokens < num_tokens
     row = head.to(tl.int64) * num_tokens + tokens
-    item, count, most = _items_of_queries(
-        choice, row, tl.program_id(1).to(tl.int64) * num_tokens + tokens, inside, NUM_RETRIEVED, BLOCK_R
-    )
+    item = (tl.program_id(1).to(tl.int64) * num_tokens + tokens) * NUM_RETRIEVED
+    count = tl.load(number + row, mask=inside, other=0).to(tl.int32)
     inside &= count > 0
     ranks = tl.arange(0, BLOCK_R)
     lse_at = partial_lse + item[:, None] + ranks[None, :]
@@ -258,7 +219,7 @@ def _merge_kernel(
     old_weight = tl.exp(old_lse - top)
     o = load_rows(output, tokens, inside, head, stride_b, stride_h, stride_n, length, HEAD_DIM, BLOCK_D)
     o = o.to(tl.float32) * old_weight[:, None]
-    for rank in range(0, most):
+    for rank in range(0, tl.max(count, 0)):
         real = rank < count
         weight = tl.exp(tl.load(partial_lse + item + rank, mask=real, other=-float("inf")) - top)
         o += _part(partial, item + rank, real, HEAD_DIM, BLOCK_D) * weight[:, None]
@@ -272,32 +233,29 @@ def _merge_kernel(
 
 @triton.jit
 def _add_kernel(
-    partial, choice, grad_query, stride_b, stride_h, stride_n, length, num_tokens, first_head,
+    partial, number, grad_query, stride_b, stride_h, stride_n, length, num_tokens, first_head,
     NUM_RETRIEVED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Add the partial gradients of a few queries to what is there."""
     head = first_head + tl.program_id(1)
     tokens = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     inside = tokens < num_tokens
-    item, count, most = _items_of_queries(
-        choice, head.to(tl.int64) * num_tokens + tokens, tl.program_id(1).to(tl.int64) * num_tokens + tokens,
-        inside, NUM_RETRIEVED, BLOCK_R,
-    )  # fmt: skip
+    item = (tl.program_id(1).to(tl.int64) * num_tokens + tokens) * NUM_RETRIEVED
+    count = tl.load(number + head.to(tl.int64) * num_tokens + tokens, mask=inside, other=0).to(tl.int32)
     inside &= count > 0
     dq = load_rows(grad_query, tokens, inside, head, stride_b, stride_h, stride_n, length, HEAD_DIM, BLOCK_D)
     dq = dq.to(tl.float32)
-    for rank in range(0, most):
+    for rank in range(0, tl.max(count, 0)):
         dq += _part(partial, item + rank, rank < count, HEAD_DIM, BLOCK_D)
     store_rows(grad_query, dq, tokens, inside, head, stride_b, stride_h, stride_n, length, HEAD_DIM, BLOCK_D)
 
 
 def retrieve(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, clusters: Clusters, choice: torch.Tensor,
-    items: Items, output: torch.Tensor, lse: torch.Tensor, scale: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, clusters: Clusters, items: Items,
+    output: torch.Tensor, lse: torch.Tensor, scale: float,
 ) -> None:  # fmt: skip
     """Merge the retrieved clusters into output (B, H, N, D) and lse (H, B * N), in place."""
-    num_retrieved = choice.shape[2]
+    num_retrieved = items.num_retrieved
     if not num_retrieved:
         return
     settings = choose_launch(query, _FORWARD, _FORWARD, _PRECISE)
@@ -306,20 +264,21 @@ def retrieve(
         partial_lse = query.new_empty(partial.shape[:2], dtype=torch.float32)
         launch(
             _retrieve_kernel, (clusters.count.shape[1], _SPLITS, len(kv_heads)),
-            query, key, value, clusters.members, clusters.count, *items, partial, partial_lse,
-            *token_strides(query, key, value), *_sizes(query, clusters), kv_heads.start, scale,
+            query, key, value, clusters.members, clusters.count, items.order, items.bounds, partial,
+            partial_lse, *token_strides(query, key, value), *_sizes(query, clusters), kv_heads.start, scale,
             **_tiles(query, clusters, num_retrieved), SPLIT=_SPLITS, **settings,
         )  # fmt: skip
-        _over_queries(_merge_kernel, query, key, kv_heads, num_retrieved)(
-            partial, partial_lse, choice, output, lse, *token_strides(output)
-        )
+        _over_queries(
+            _merge_kernel, query, key, kv_heads, num_retrieved,
+            partial, partial_lse, items.number, output, lse, *token_strides(output),
+            BLOCK_R=power_of_two(num_retrieved),
+        )  # fmt: skip
 
 
 def retrieve_backward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grad: torch.Tensor, terms: torch.Tensor,
-    clusters: Clusters, choice: torch.Tensor, items: Items,
-    grad_means: tuple[torch.Tensor, torch.Tensor], grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    scale: float,
+    clusters: Clusters, items: Items, grad_means: tuple[torch.Tensor, torch.Tensor],
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor], scale: float,
 ) -> None:  # fmt: skip
     """Add the gradients through retrieved clusters to those of query, key and value, in place.
 
@@ -329,22 +288,23 @@ def retrieve_backward(
         terms: (H, B * N, 2) float32, see `weight_terms`.
         grad_means: (Hkv, J, D) float32 gradients of the key and value means.
     """
-    num_retrieved = choice.shape[2]
+    num_retrieved = items.num_retrieved
     strides = token_strides(query, key, value, grad, *grads[1:])
     settings = _backward_launch(query, clusters.members.shape[2])
     for kv_heads in _parts(query, key, num_retrieved):
         partial = query.new_empty(len(kv_heads), items.order.shape[1], query.shape[3])
         launch(
             _retrieve_backward_kernel, (clusters.count.shape[1], len(kv_heads)),
-            query, key, value, grad, terms, clusters.members, clusters.count, *items, *grad_means,
-            partial, *grads[1:], *strides, *_sizes(query, clusters), kv_heads.start, scale,
+            query, key, value, grad, terms, clusters.members, clusters.count, items.order, items.bounds,
+            *grad_means, partial, *grads[1:], *strides, *_sizes(query, clusters), kv_heads.start, scale,
             COPY=_copies(query, clusters.members.shape[2]), **_tiles(query, clusters, num_retrieved),
             **settings,
         )  # fmt: skip
         if num_retrieved:
-            _over_queries(_add_kernel, query, key, kv_heads, num_retrieved)(
-                partial, choice, grads[0], *token_strides(grads[0])
-            )
+            _over_queries(
+                _add_kernel, query, key, kv_heads, num_retrieved,
+                partial, items.number, grads[0], *token_strides(grads[0]),
+            )  # fmt: skip
 
 
 def shared_memory_for(query: torch.Tensor, capacity: int) -> int:
@@ -370,23 +330,22 @@ def _backward_launch(query: torch.Tensor, capacity: int) -> dict[str, int]:
     return choose_launch(query, _BACKWARD, wide, _PRECISE)
 
 
-def _over_queries(kernel, query: torch.Tensor, key: torch.Tensor, kv_heads: range, num_retrieved: int):
-    """A launch over the queries of some key/value heads, a few a program."""
+def _over_queries(
+    kernel: triton.JITFunction, query: torch.Tensor, key: torch.Tensor, kv_heads: range, num_retrieved: int,
+    *arguments: torch.Tensor | int, **constants: int,
+) -> None:  # fmt: skip
+    """Launch a kernel over the queries of some key/value heads, a few a program."""
     batch, heads, length, head_dim = query.shape
     groups = heads // key.shape[1]
     num_tokens = batch * length
-    block_d, block_r = power_of_two(head_dim), power_of_two(num_retrieved)
+    block_d = power_of_two(head_dim)
     block_q = max(1, _MERGED // block_d)
-
-    def over_queries(*arguments) -> None:
-        launch(
-            kernel, (ceil_div(num_tokens, block_q), groups * len(kv_heads)),
-            *arguments, num_tokens, groups * kv_heads.start,
-            NUM_RETRIEVED=num_retrieved, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_Q=block_q, BLOCK_R=block_r,
-            num_warps=4,
-        )  # fmt: skip
-
-    return over_queries
+    launch(
+        kernel, (ceil_div(num_tokens, block_q), groups * len(kv_heads)),
+        *arguments, num_tokens, groups * kv_heads.start,
+        NUM_RETRIEVED=num_retrieved, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_Q=block_q, **constants,
+        num_warps=4,
+    )  # fmt: skip
 
 
 def _parts(query: torch.Tensor, key: torch.Tensor, num_retrieved: int) -> list[range]:

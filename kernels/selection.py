@@ -7,18 +7,13 @@ and the last r of these, the nearest to the query, are taken. That is rare for f
 not be many: of independent normal scores it costs 0.01% of what the r largest weigh for 12, 0.9% for 48.
 """
 
-import torch
 import triton
 import triton.language as tl
-from muse_hf.kernels.launch import ceil_div, launch
-from muse_hf.kernels.layout import Layout
 from muse_hf.kernels.summaries import TILE
 
 MOST_RETRIEVED = TILE
 # Scores this far below the largest of their query are not told apart, so none of them is retrieved.
 _RANGE = tl.constexpr(64.0)
-# One warp, whose threads need no barrier to know that all are done with a word.
-_LISTED = {"BLOCK_Q": 32, "num_warps": 1}
 
 
 @triton.jit
@@ -67,53 +62,3 @@ def number_of_bits(word):
     word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
     word = (word + (word >> 4)) & 0x0F0F0F0F
     return (word * 0x01010101) >> 24
-
-
-@triton.jit
-def _list_kernel(
-    chosen, block_start, block_length, first_cluster, num_seen, choice, num_tokens, num_retrieved,
-    WORDS: tl.constexpr, BLOCK_Q: tl.constexpr,
-):  # fmt: skip
-    """Write the set bits of each row down as cluster numbers, one row a thread, and -1 behind the last."""
-    tile, head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    rows = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    inside = rows < tl.load(block_length + block)
-    row = head.to(tl.int64) * num_tokens + tl.load(block_start + block) + rows
-    seen, first = tl.load(num_seen + block), tl.load(first_cluster + block)
-    word_at, to = chosen + row * WORDS, choice + row * num_retrieved
-    found = tl.zeros([BLOCK_Q], tl.int32)
-    for w in range(0, (seen + 31) // 32):
-        word = tl.load(word_at + w, mask=inside, other=0)
-        while tl.max((word != 0).to(tl.int32), 0) > 0:
-            lowest = word & -word
-            # A power of two, whose exponent is the number of its bit.
-            bit = ((lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 0xFF) - 127
-            tl.store(to + found, first + w * 32 + bit, mask=(word != 0) & (found < num_retrieved))
-            found += (word != 0).to(tl.int32)
-            word ^= lowest
-    for rank in range(num_retrieved):
-        tl.store(to + rank, -1, mask=inside & (rank >= found))
-
-
-def choice_dtype(num_clusters: int) -> torch.dtype:
-    """Of the numbers of clusters in a choice: the narrower, the faster they are sorted."""
-    return torch.int16 if num_clusters < 1 << 15 else torch.int32
-
-
-def list_choice(
-    chosen: torch.Tensor, layout: Layout, num_clusters: int, num_retrieved: int, block: int
-) -> torch.Tensor:
-    """The choice (H, B * N, r) from its bits (H, B * N, WORDS): clusters counted over the batch, in ascending
-    order, and -1 behind the last."""
-    heads, num_tokens, num_words = chosen.shape
-    choice = chosen.new_empty(heads, num_tokens, num_retrieved, dtype=choice_dtype(num_clusters))
-    if layout.outside is not None:
-        choice.fill_(-1)
-    if not num_retrieved:
-        return choice
-    grid = (ceil_div(block, _LISTED["BLOCK_Q"]), heads, layout.block_start.shape[0])
-    launch(
-        _list_kernel, grid,
-        chosen, *layout.query_blocks, choice, num_tokens, num_retrieved, WORDS=num_words, **_LISTED,
-    )  # fmt: skip
-    return choice

@@ -3,19 +3,30 @@
 import torch
 
 
-def dense_attention(query, key, value, members, choice, block, scale):
+def chosen_clusters(order, bounds, number):
+    """What `Items` say each query retrieves: (H, N, J) bool."""
+    num_retrieved = order.numel() // number.numel()
+    kv_heads, num_clusters = bounds.shape[0], bounds.shape[1] - 1
+    chosen = number.new_zeros(kv_heads, number.numel() // kv_heads, num_clusters, dtype=torch.bool)
+    clusters = torch.arange(num_clusters, device=number.device)
+    for items, edges, of_head in zip(order, bounds, chosen):
+        of_head[items[: edges[-1]] // num_retrieved, clusters.repeat_interleave(edges.diff())] = True
+    return chosen.view(*number.shape, num_clusters)
+
+
+def dense_attention(query, key, value, members, chosen, block, scale):
     """Plain summaries, flat hierarchy, one row. Differentiable; products in the dtype of the inputs.
 
     Args:
         query: (1, H, N, D). key, value: (1, Hkv, N, D).
         members: (Hkv, J, m) tokens of each cluster, -1 where there is none.
-        choice: (H, N, r) clusters that each query retrieves, -1 where there is none.
+        chosen: (H, N, J) whether a query retrieves a cluster.
 
     Returns:
         Output (1, H, N, D) and logsumexp (1, H, N).
     """
     heads, length = query.shape[1:3]
-    kv_heads, num_clusters, _ = members.shape
+    kv_heads = members.shape[0]
     token = torch.arange(length, device=query.device)
     belongs = (members[..., None] == token).any(2)  # (Hkv, J, N)
     count = belongs.sum(-1)
@@ -26,7 +37,6 @@ def dense_attention(query, key, value, members, choice, block, scale):
         t.repeat_interleave(spread[0], dim=spread[1])
         for t in (key[0], value[0], key_mean, value_mean, belongs, count)
     )
-    chosen = (choice[..., None] == torch.arange(num_clusters, device=query.device)).any(2)  # (H, N, J)
     retrieved = (chosen.to(torch.float32) @ belongs.to(torch.float32)) > 0
     local = (token[:, None] // block == token // block) & (token[:, None] >= token)
     own_block = belongs.to(torch.float32).argmax(-1) // block  # of an empty cluster, 0

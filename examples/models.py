@@ -21,6 +21,7 @@ SMALL_MUSE = {
     "hierarchy": "dyadic",
     "cluster_size": 16,
     "num_retrieved": 16,
+    "retrieval_threshold": 0.0,
     "min_length": 0,
 }
 DROPOUTS = (

@@ -24,7 +24,13 @@ from muse_hf.models import InputError, check_length
 from muse_hf.routing import UnsupportedError, check_family, model_policy
 
 # For the small model, whose contexts are short.
-SMALL_MUSE = {"local_block": 128, "cluster_size": 8, "num_retrieved": 32, "min_length": 0}
+SMALL_MUSE = {
+    "local_block": 128,
+    "cluster_size": 8,
+    "num_retrieved": 32,
+    "retrieval_threshold": 0.0,
+    "min_length": 0,
+}
 
 
 @dataclass

@@ -110,7 +110,7 @@ class Choice:
 
 
 def _row(title: Any, cells: Sequence[str]) -> str:
-    return f"{title:>5}" + "".join(f"{cell:>14}" for cell in cells)
+    return (f"{title:>5}" + "".join(f"{cell:>14}" for cell in cells)).rstrip()
 
 
 def choose_settings(

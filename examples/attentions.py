@@ -1,14 +1,17 @@
 """The attentions that a run trains with, one after the other: exact, and MuSe in one setting or more."""
 
+import argparse
 import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from command_line import UsageError, make_parser, parse
+from command_line import MuseOptions, UsageError, make_parser, parse
 from models import muse_settings
 from pretrain_arguments import MuseArguments
+
+Options = TypeVar("Options", bound=MuseOptions)
 
 
 @dataclass(frozen=True)
@@ -44,15 +47,29 @@ def attentions(titles: Sequence[str], options: MuseArguments) -> list[Attention]
 
 
 def _attention(title: str, options: MuseArguments) -> Attention:
-    kind, *changes = title.split(":")
     if title == "exact":
         return Attention(title)
+    changed = changed_options(title, options)
+    return Attention(title, changed.layers, muse_settings(changed))
+
+
+def changed_options(title: str, options: Options) -> Options:
+    """The options of MuSe, some of them changed by what stands after the colons of a title.
+
+    Raises:
+        UsageError: The title is not `muse` with options, or one of them makes no sense.
+    """
+    kind, *changes = title.split(":")
     if kind != "muse" or not all("=" in change for change in changes):
         raise UsageError(
             f"--attention {title!r} must be exact, muse, or muse with options after colons, such as "
             "muse:setting=paper:layers=central."
         )
-    parser = make_parser((MuseArguments,), "pretrain.py", "")
+    parser = make_parser((type(options),), "pretrain.py", "")
+    parser.exit_on_error = False
     parser.set_defaults(**dataclasses.asdict(options))
-    (changed,) = parse(parser, [f"--{change}" for change in changes])
-    return Attention(title, changed.layers, muse_settings(changed))
+    try:
+        (changed,) = parse(parser, [f"--{change}" for change in changes])
+    except argparse.ArgumentError as error:
+        raise UsageError(f"--attention {title!r}: {error}.") from error
+    return changed

@@ -14,7 +14,7 @@ from muse_hf import exact_attention
 
 PASSES = ("forward", "backward", "both")
 WINDOWS = (1024, 4096)
-_EXACT_BACKENDS = {
+EXACT_BACKENDS = {
     "cuda": {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION},
     "cpu": {"flash": SDPBackend.FLASH_ATTENTION},
 }
@@ -134,7 +134,7 @@ def measure_peers(
     def exact(*leaves: torch.Tensor) -> torch.Tensor:
         return exact_attention(*leaves, is_causal=is_causal)
 
-    for name, backend in _EXACT_BACKENDS[tensors[0].device.type].items():
+    for name, backend in EXACT_BACKENDS[tensors[0].device.type].items():
         with warnings.catch_warnings(), sdpa_kernel(backend):
             warnings.simplefilter("ignore")  # PyTorch warns of every reason why a kernel does not serve
             try:

@@ -35,7 +35,7 @@ from long_context_report import (
 from long_context_tasks import continuation, make_tasks, prefill, score
 from plugin import muse_hf
 from pretrain_arguments import TextArguments
-from pretrained import PretrainedArguments, load_model, muse_policy, text_rows, use_attention
+from pretrained import PretrainedArguments, load_model, muse_policy, text_rows, unseen_texts, use_attention
 from records import append_rows, write_json
 from texts import load_texts
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -91,10 +91,7 @@ def evaluate(arguments: EvaluationArguments, pretrained: PretrainedArguments, te
     corpus = load_texts(texts)
     longest, samples = arguments.lengths[-1], arguments.samples
     model, tokenizer = load_model(pretrained, corpus, longest)
-    # The small model was trained on the other documents.
-    others = () if pretrained.model is None else corpus.texts(held_out=False)
-    documents = itertools.chain(corpus.texts(held_out=True), others)
-    rows = text_rows(documents, tokenizer, longest, 2 * samples, needed=2 * samples)
+    rows = text_rows(unseen_texts(pretrained, corpus), tokenizer, longest, 2 * samples, needed=2 * samples)
     calibration, rows = rows.split(samples)
     policy = muse_policy(pretrained, model, calibration)
     results = [

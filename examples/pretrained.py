@@ -1,8 +1,8 @@
-"""A pretrained model, and the MuSe setting to try on it: what two examples share."""
+"""A pretrained model, and the MuSe setting to try on it: what some examples share."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Literal
 
 import numpy as np
@@ -34,15 +34,24 @@ SMALL_MUSE = {
 
 
 @dataclass
-class PretrainedArguments:
-    _argument_group_name = "Model and MuSe attention"
+class LoadArguments:
+    _argument_group_name = "Model"
 
     model: str | None = option(
         None, "A causal model, a folder or a name on the Hub. Left out: a small one is made first."
     )
     tokenizer: str | None = option(None, "Its tokenizer, if it comes without one.")
-    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of the model's weights.")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = option(
+        None, "Precision of the model's weights (default: bfloat16, on a CPU float32)."
+    )
     device: str | None = option(None, "Such as cuda or cpu (default: cuda where there is one).")
+
+
+@dataclass
+class PretrainedArguments(LoadArguments):
+    _argument_group_name = "Model and MuSe attention"
+
+    dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "Precision of the model's weights.")
     layers: str | None = option(
         None,
         "Layers that use MuSe: all, numbers such as 2,3, or auto, which measures on text of its own and "
@@ -63,7 +72,7 @@ class PretrainedArguments:
 
 
 def load_model(
-    arguments: PretrainedArguments, corpus: Corpus, length: int
+    arguments: LoadArguments, corpus: Corpus, length: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model that is named, or the small one, with exact attention, on its device.
 
@@ -79,15 +88,20 @@ def load_model(
         check_family(config := AutoConfig.from_pretrained(arguments.model))
         check_length(config, length)
         tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer or arguments.model)
-        model = AutoModelForCausalLM.from_pretrained(
-            arguments.model, dtype=arguments.dtype, attn_implementation="sdpa"
-        )
+        dtype = arguments.dtype or ("float32" if device == "cpu" else "bfloat16")
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, attn_implementation="sdpa")
         return model.to(device).eval(), tokenizer
     except (UnsupportedError, InputError) as error:
         raise UsageError(f"{str(error).rstrip('.')}.") from error
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UsageError(f"the model {arguments.model!r} could not be opened ({reason}).") from error
+
+
+def unseen_texts(arguments: LoadArguments, corpus: Corpus) -> Iterator[str]:
+    """Held-out documents and, of a model that was not made from them, all others after these."""
+    others = () if arguments.model is None else corpus.texts(held_out=False)
+    return chain(corpus.texts(held_out=True), others)
 
 
 def text_rows(

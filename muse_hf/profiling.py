@@ -296,15 +296,8 @@ class Comparison:
                 bias[setting] += _per_head(muse_lse[:, :, part] - lse)
         self._sums.append((squared_error, squared_output, bias / query.shape[2]))
         if not self._times:
-            self._times = [self._time(partial(exact_attention, **options), tensors)]
-            self._times += [self._time(call, tensors) for call in calls]
-
-    def _time(self, call: Callable, tensors: tuple[torch.Tensor, ...]) -> float:
-        if self._with_backward:
-            call = partial(_gradients, call)
-        if tensors[0].device.type != "cpu":
-            call(*tensors)  # which compiles kernels
-        return milliseconds(partial(call, *tensors), tensors[0].device, _IN_A_ROW)
+            timed = [partial(exact_attention, **options), *calls]
+            self._times = [attention_milliseconds(call, tensors, self._with_backward) for call in timed]
 
     def profiles(self, layer: int, changes: Sequence["Change"]) -> list[LayerProfile]:
         """One profile a setting, given what it changes in the model; times are those of the first row."""
@@ -322,6 +315,26 @@ class Comparison:
             )
             for setting, config in enumerate(self._settings)
         ]
+
+
+def attention_milliseconds(
+    attend: Callable[..., torch.Tensor],
+    tensors: Sequence[torch.Tensor],
+    with_backward: bool,
+    in_a_row: int = _IN_A_ROW,
+) -> float:
+    """Median time of the attention of one layer.
+
+    Args:
+        attend: Called with `tensors`, the layer's query (B, H, N, D), key and value (B, Hkv, N, D).
+        with_backward: Whether to compute the gradients of all three too.
+        in_a_row: As in `milliseconds`.
+    """
+    if with_backward:
+        attend = partial(_gradients, attend)
+    if tensors[0].device.type != "cpu":
+        attend(*tensors)  # which compiles kernels
+    return milliseconds(partial(attend, *tensors), tensors[0].device, in_a_row)
 
 
 @torch.enable_grad()

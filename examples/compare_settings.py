@@ -279,7 +279,7 @@ def check_model(model: PreTrainedModel) -> None:
     try:
         check_windows(model.config, list(range(model.config.num_hidden_layers)))
     except UnsupportedError as error:
-        raise UsageError(f"{error}.") from error
+        raise UsageError(f"{str(error).rstrip('.')}.") from error
     if not predicts_next_token(model):
         raise UsageError(f"{type(model).__name__} has no next-token loss.")
 

@@ -85,7 +85,7 @@ SMALL_VARIED = {
     "local_block": (64, 256),
     "cluster_size": (4, 16),
     "num_retrieved": (0, 8, 64),
-    "retrieval_threshold": (0, 0.01),
+    "retrieval_threshold": (0.001, 0.01),
     "kmeans_iters": (1,),
     "cluster_cap": (2,),
 }

@@ -78,7 +78,7 @@ def forward(
     num_retrieved: int,
     threshold: float,
 ) -> list[torch.Tensor]:
-    """Output, logsumexp as kernels and as users index it, and what else the backward pass needs.
+    """Output, logsumexp, and what the backward pass needs; first the logsumexp as kernels index it.
 
     Args:
         sequences: First token id and length of each in turn.
@@ -102,7 +102,7 @@ def forward(
     row_lse.copy_(lse.view(heads, batch, length).transpose(0, 1))
     if layout.outside is not None:
         row_lse.masked_fill_(layout.outside.view(batch, 1, length), 0)
-    return [output, lse, row_lse, chosen, choice, *items, *clusters]
+    return [output, row_lse, lse, chosen, choice, *items, *clusters]
 
 
 def fake(
@@ -119,8 +119,8 @@ def fake(
 
     return [
         new(batch, length, heads, head_dim, dtype=query.dtype).transpose(1, 2),
-        new(heads, tokens, dtype=torch.float32),
         new(batch, heads, length, dtype=torch.float32),
+        new(heads, tokens, dtype=torch.float32),
         new(heads, tokens, num_words(max_seen, num_retrieved)),
         new(heads, tokens, num_retrieved),
         new(kv_heads, num_items),
@@ -140,15 +140,14 @@ def backward(
     key: torch.Tensor,
     value: torch.Tensor,
     output: torch.Tensor,
-    lse: torch.Tensor,
     saved: list[torch.Tensor],
     scale: float,
     sequences: Sequence[int],
     block: int,
     clusters_per_block: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key and value. `saved` is what `forward` returns behind the logsumexps."""
-    chosen, choice, *rest = saved
+    """Gradients of query, key and value. `saved` is what `forward` returns behind output and logsumexp."""
+    lse, chosen, choice, *rest = saved
     items, clusters = Items(*rest[:2]), Clusters(*rest[2:])
     tokens = query.shape[0] * query.shape[2]
     layout = layout_of(tuple(sequences), tokens, block, clusters_per_block, query.device)

@@ -23,6 +23,12 @@ def shared_memory_of(device: torch.device) -> int:
 _captured: list[Any] = []
 
 
+def keep_if_captured(built: Any) -> None:
+    """Keep what a CUDA graph that is being captured, if any, holds addresses of."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        _captured.append(built)
+
+
 def kept_on_device(build: Callable) -> Callable:
     """Cache what lies on a device and follows from the shapes of a batch: layers share it.
 
@@ -33,8 +39,7 @@ def kept_on_device(build: Callable) -> Callable:
     @wraps(build)
     def get(*args: Any, **kwargs: Any) -> Any:
         built = cached(*args, **kwargs)
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            _captured.append(built)
+        keep_if_captured(built)
         return built
 
     return get

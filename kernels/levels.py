@@ -156,7 +156,7 @@ def merge_levels(
         parts, part_lse: (H, query points, D) and (H, query points).
 
     Returns:
-        Output (B, H, N, D), logsumexp (H, B * N) with ∞ and (B, H, N) with 0 outside the sequences.
+        Output (B, H, N, D), logsumexp (B, H, N) with 0 and (H, B * N) with ∞ outside the sequences.
     """
     batch, heads, length, head_dim = local.shape
     layout = levels.layout
@@ -173,7 +173,7 @@ def merge_levels(
         output, lse, row_lse, *local.stride()[:3], *output.stride()[:3], length, lse.shape[1],
         part_lse.shape[1], **_tiles(head_dim, block),
     )  # fmt: skip
-    return output, lse, row_lse
+    return output, row_lse, lse
 
 
 def _grid(layout: Layout, block: int, heads: int) -> tuple[int, int, int]:

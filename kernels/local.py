@@ -19,6 +19,7 @@ from muse_hf.kernels.common import (
 )
 from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.layout import Layout, tile_of_block
+from muse_hf.kernels.replay import library_call
 
 # Head sizes up to which cuDNN and flash attention serve. Both want rows of whole 16 bytes.
 _LARGEST_CUDNN, _LARGEST_FLASH = 128, 256
@@ -86,6 +87,7 @@ def _local_kernel(
         tl.store(at, (top + tl.log2(total)) / LOG2_E, mask=inside)
 
 
+@library_call
 def local_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, block: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from muse_hf.kernels.common import shared_memory_of
+from muse_hf.kernels.replay import Repeated, Saved
 from torch.autograd.function import once_differentiable
 from triton import knobs
 
@@ -49,15 +50,15 @@ class AttentionOp:
     """Attention made of a forward and a backward function, differentiable in query, key and value.
 
     Under torch.compile both are custom operators, single nodes of the graph whatever they launch. Calling
-    these costs the host a millisecond, so that without a compiler an autograd.Function calls the same code.
+    these costs the host a millisecond, so that without a compiler an autograd.Function makes the same launches.
 
     Args:
         name: Of the operators, "namespace::name".
-        forward: (query, key, value, *settings) -> [output, logsumexp as kernels index it, logsumexp (B, H, N)
-            as users do, *saved]. No two results may share memory.
+        forward: (query, key, value, *settings) -> [output, logsumexp (B, H, N), *saved]. No two results may
+            share memory. This and `backward` keep to what `Repeated` says, or cost the host more.
         fake: The same for shapes, dtypes and strides only.
-        backward: (grad, query, key, value, output, logsumexp, saved, *the first settings) -> the gradients of
-            query, key and value, laid out like them.
+        backward: (grad, query, key, value, output, saved, *the first settings) -> the gradients of query, key
+            and value, laid out like them.
         num_kept: How many of the settings the backward pass takes.
     """
 
@@ -69,49 +70,55 @@ class AttentionOp:
         backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
         num_kept: int,
     ):
-        forward, backward = _on_its_device(forward), _on_its_device(backward)
-        self.operator = torch.library.custom_op(name, forward, mutates_args=())
+        self.operator = torch.library.custom_op(name, _on_its_device(forward), mutates_args=())
         self.operator.register_fake(fake)
-        backward_operator = torch.library.custom_op(f"{name}_backward", backward, mutates_args=())
+        backward_operator = torch.library.custom_op(
+            f"{name}_backward", _on_its_device(backward), mutates_args=()
+        )
         backward_operator.register_fake(_fake_gradients)
+        repeat_forward = _on_its_device(Repeated(forward, num_shown=2))
+        repeat_backward = _on_its_device(Repeated(backward, num_shown=3))
 
-        def save(ctx: Any, inputs: tuple, output: list[torch.Tensor]) -> None:
-            merged, lse, _, *saved = output
-            ctx.save_for_backward(*inputs[:3], merged, lse, *saved)
-            ctx.kept, ctx.num_settings = inputs[3 : 3 + num_kept], len(inputs) - 3
+        def save(ctx: Any, inputs: tuple, output: torch.Tensor, saved: Saved) -> None:
+            ctx.save_for_backward(*inputs[:3], output, *saved.buffers)
+            ctx.packing, ctx.kept, ctx.num_settings = saved.packing, inputs[3 : 3 + num_kept], len(inputs) - 3
             ctx.set_materialize_grads(False)
 
         def gradients(ctx: Any, grad: torch.Tensor | None, run: Callable) -> tuple:
+            settings = (None,) * ctx.num_settings
             if grad is None:
-                return (None,) * (3 + ctx.num_settings)
-            query, key, value, output, lse, *saved = ctx.saved_tensors
-            shares = run(grad, query, key, value, output, lse, saved, *ctx.kept)
-            return *shares, *(None,) * ctx.num_settings
+                return None, None, None, *settings
+            query, key, value, output, *buffers = ctx.saved_tensors
+            shares = run(grad, query, key, value, output, Saved(buffers, ctx.packing), *ctx.kept)
+            return *shares, *settings
+
+        def run_operator(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            return backward_operator(*(x.buffers if isinstance(x, Saved) else x for x in inputs))
 
         self.operator.register_autograd(
-            lambda ctx, grads: gradients(ctx, grads[0], backward_operator), setup_context=save
+            lambda ctx, grads: gradients(ctx, grads[0], run_operator),
+            setup_context=lambda ctx, inputs, output: save(ctx, inputs, output[0], Saved(output[2:])),
         )
 
         class Function(torch.autograd.Function):
             @staticmethod
             def forward(ctx, *inputs):
-                results = forward(*inputs)
-                save(ctx, inputs, results)
-                output, _, lse, *_ = results
+                (output, lse), saved = repeat_forward(*inputs)
+                save(ctx, inputs, output, saved)
                 ctx.mark_non_differentiable(lse)
                 return output, lse
 
             @staticmethod
             @once_differentiable
             def backward(ctx, grad, _):
-                return gradients(ctx, grad, backward)
+                return gradients(ctx, grad, lambda *inputs: repeat_backward(*inputs)[0])
 
         self.function = Function
 
     def __call__(self, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Output, which records a gradient, and logsumexp (B, H, N), which does not."""
         if torch.compiler.is_compiling():
-            output, _, lse, *_ = self.operator(*inputs)
+            output, lse, *_ = self.operator(*inputs)
             return output, lse.detach()
         return self.function.apply(*inputs)
 

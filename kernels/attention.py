@@ -6,7 +6,7 @@ from itertools import chain
 import torch
 from muse_hf.kernels.clustering import PADDING, Clusters, cluster_keys
 from muse_hf.kernels.common import shared_memory_of
-from muse_hf.kernels.layout import count_clusters, layout_of
+from muse_hf.kernels.layout import Layout, count_clusters, layout_of
 from muse_hf.kernels.local import local_forward
 from muse_hf.kernels.local_backward import local_backward
 from muse_hf.kernels.operators import (
@@ -17,6 +17,7 @@ from muse_hf.kernels.operators import (
 )
 from muse_hf.kernels.refinement import num_words, refine
 from muse_hf.kernels.refinement_backward import query_backward, summary_backward
+from muse_hf.kernels.replay import fill, library_call
 from muse_hf.kernels.retrieval import Items, retrieve, retrieve_backward, shared_memory_for, sort_items
 from muse_hf.kernels.selection import MOST_RETRIEVED, list_choice
 from muse_hf.kernels.weight_terms import weight_terms
@@ -86,23 +87,29 @@ def forward(
     batch, heads, length, head_dim = query.shape
     layout = layout_of(tuple(sequences), batch * length, block, clusters_per_block, query.device)
     clusters = cluster_keys(key, value, layout.key_start, block, clusters_per_block, capacity, kmeans_iters)
-    local, local_lse = local_forward(query, key, value, layout, scale, block)
+    local = local_forward(query, key, value, layout, scale, block)
     output = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
     lse = query.new_empty(heads, batch * length, dtype=torch.float32)
     if layout.outside is not None:  # λ = ∞ makes all weights and so all gradients zero
-        output.zero_()
-        lse.fill_(torch.inf)
-    chosen = refine(
-        query, clusters, layout, local, local_lse, output, lse, scale, num_retrieved, threshold, block
-    )
+        fill(output, 0)
+        fill(lse, torch.inf)
+    chosen = refine(query, clusters, layout, local, output, lse, scale, num_retrieved, threshold, block)
     choice = list_choice(chosen, layout, num_retrieved, block)
     items = sort_items(choice.view(key.shape[1], choice.numel() // key.shape[1]), clusters.count.shape[1])
     retrieve(query, key, value, clusters, choice, items, output, lse, scale)
     row_lse = query.new_empty(batch, heads, length, dtype=torch.float32)
+    _write_by_row(lse, row_lse, layout)
+    return [output, row_lse, lse, chosen, choice, *items, *clusters]
+
+
+@library_call
+def _write_by_row(lse: torch.Tensor, row_lse: torch.Tensor, layout: Layout) -> tuple[()]:
+    """(H, B * N) to (B, H, N), 0 outside the sequences."""
+    batch, heads, length = row_lse.shape
     row_lse.copy_(lse.view(heads, batch, length).transpose(0, 1))
     if layout.outside is not None:
         row_lse.masked_fill_(layout.outside.view(batch, 1, length), 0)
-    return [output, row_lse, lse, chosen, choice, *items, *clusters]
+    return ()
 
 
 def fake(

@@ -5,6 +5,7 @@ own for what it does not: float32, odd head sizes, Triton's interpreter.
 """
 
 from math import prod
+from typing import NamedTuple
 
 import torch
 import triton
@@ -87,14 +88,26 @@ def _local_kernel(
         tl.store(at, (top + tl.log2(total)) / LOG2_E, mask=inside)
 
 
+class Local(NamedTuple):
+    """Attention of each block by itself. Outside the sequences nothing is said of it.
+
+    Attributes:
+        output: (B, H, N, D).
+        lse: float32 logsumexp. That of token i of a block of head h is at h * stride_h + s * stride_s + i,
+            where s is the id of the block's first token.
+    """
+
+    output: torch.Tensor
+    lse: torch.Tensor
+    stride_h: int
+    stride_s: int
+
+
 @library_call
 def local_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, block: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (B, H, N, D) and logsumexp (H, B * N) float32 of each block by itself.
-
-    Outside the sequences nothing is said of them.
-    """
+) -> Local:
+    """Attention of each block of the layout."""
     batch, heads, length, head_dim = query.shape
     served = all(map(_suits_library, (query, key, value)))
     if served and layout.even and head_dim <= _LARGEST_CUDNN:
@@ -102,15 +115,14 @@ def local_forward(
         output, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             *blocks, None, True, 0.0, True, False, scale=scale
         )
-        lse = lse.squeeze(-1).transpose(0, 1).flatten(1)
-        return _from_blocks(output, batch), lse
+        return Local(_from_blocks(output, query.shape), lse, lse.stride(1), lse.stride(0) // block)
     if served and head_dim <= _LARGEST_FLASH:
         ends = layout.bounds
         rows = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
         output, lse, *_ = torch.ops.aten._flash_attention_forward(
             *rows, ends, ends, block, block, 0.0, True, False, scale=scale
         )
-        return output.unflatten(0, (batch, length)).transpose(1, 2), lse
+        return Local(output.unflatten(0, (batch, length)).transpose(1, 2), lse, lse.stride(0), 1)
     output = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
     lse = query.new_empty(heads, batch * length, dtype=torch.float32)
     strides = [stride for tensor in (query, key, value, output) for stride in tensor.stride()[:3]]
@@ -123,7 +135,7 @@ def local_forward(
         GROUP_HEADS=heads // key.shape[1], HEAD_DIM=head_dim, BLOCK_D=power_of_two(head_dim),
         BLOCK_Q=tile, BLOCK_K=32, num_warps=4, num_stages=2,
     )  # fmt: skip
-    return output, lse
+    return Local(output, lse, batch * length, 1)
 
 
 def _suits_library(tensor: torch.Tensor) -> bool:
@@ -138,11 +150,19 @@ def _suits_library(tensor: torch.Tensor) -> bool:
 
 
 def _as_blocks(tensor: torch.Tensor, block: int) -> torch.Tensor:
-    """(B, H, N, D) to (B * N / block, H, block, D), a view where N rows of all heads lie together."""
-    _, heads, _, head_dim = tensor.shape
-    return tensor.transpose(1, 2).reshape(-1, block, heads, head_dim).transpose(1, 2)
+    """(B, H, N, D) to (B * N / block, H, block, D), a view if rows of a batch follow each other."""
+    batch, heads, length, head_dim = tensor.shape
+    stride_b, stride_h, stride_n, _ = tensor.stride()
+    if batch > 1 and stride_b != length * stride_n:
+        return tensor.unflatten(2, (-1, block)).transpose(1, 2).flatten(0, 1)
+    shape = batch * length // block, heads, block, head_dim
+    return tensor.as_strided(shape, (block * stride_n, stride_h, stride_n, 1))
 
 
-def _from_blocks(blocks: torch.Tensor, batch: int) -> torch.Tensor:
-    _, heads, _, head_dim = blocks.shape
-    return blocks.transpose(1, 2).reshape(batch, -1, heads, head_dim).transpose(1, 2)
+def _from_blocks(blocks: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The opposite, a view if blocks follow each other."""
+    batch, heads, length, head_dim = shape
+    stride_z, stride_h, stride_n, _ = blocks.stride()
+    if stride_z != blocks.shape[2] * stride_n:
+        return blocks.transpose(1, 2).reshape(batch, length, heads, head_dim).transpose(1, 2)
+    return blocks.as_strided(shape, (length * stride_n, stride_h, stride_n, 1))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from muse_hf.kernels.common import shared_memory_of
-from muse_hf.kernels.replay import Repeated, Saved
+from muse_hf.kernels.replay import Repeated, Saved, copy
 from torch.autograd.function import once_differentiable
 from triton import knobs
 
@@ -50,7 +50,7 @@ class AttentionOp:
     """Attention made of a forward and a backward function, differentiable in query, key and value.
 
     Under torch.compile both are custom operators, single nodes of the graph whatever they launch. Calling
-    these costs the host a millisecond, so that without a compiler an autograd.Function makes the same launches.
+    these costs the host a millisecond, so that without a compiler an autograd.Function does the same.
 
     Args:
         name: Of the operators, "namespace::name".
@@ -144,4 +144,7 @@ def _fake_gradients(grad, query, key, value, *_):
 def laid_out_like(share: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """A gradient with the strides that its fake promises, those that library kernels choose as a rule."""
     promised = torch.empty_like(tensor)
-    return share if share.stride() == promised.stride() else promised.copy_(share)
+    if share.stride() == promised.stride():
+        return share
+    copy(share, promised)
+    return promised

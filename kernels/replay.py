@@ -1,9 +1,9 @@
 """Functions of tensors repeated as the launches they make, without the Python in between.
 
-What a function does that only allocates tensors, looks at parts of them and launches kernels follows from the
-kind of its inputs: their shapes, strides, dtypes and the settings. `Repeated` runs it as it is the first time,
-watches it the second time, and from then on allocates little more than its results, and launches. What else it
-allocated lies in one workspace, where tensors that are not needed at the same time share memory.
+What a function does that only allocates tensors, takes views of them and launches kernels follows from the
+kind of its inputs: their shapes, strides and dtypes, and the settings. `Repeated` runs it as it is the first
+time and watches it the second time. From then on it allocates the results, and launches: what else there is
+lies in one workspace, where tensors that are not needed at the same time share memory.
 """
 
 from collections.abc import Callable
@@ -46,9 +46,7 @@ class Place(NamedTuple):
         buffer = buffers[self.buffer]
         first = buffer.storage_offset() * buffer.element_size() + self.offset
         tensor = torch.empty(0, dtype=look.dtype, device=buffer.device)
-        return tensor.set_(
-            buffer.untyped_storage(), first // tensor.element_size(), look.shape, look.stride
-        )
+        return tensor.set_(buffer.untyped_storage(), first // tensor.element_size(), look.shape, look.stride)
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,15 +114,29 @@ class Repeated:
 def library_call(function: Callable) -> Callable:
     """A function of tensors and settings that launches kernels of libraries, and is repeated by calling it.
 
-    It returns a tuple, in which all tensors are new ones, and writes to no others.
+    It returns a tuple, in which all tensors are new ones.
     """
 
     @wraps(function)
     def call(*args: Any) -> tuple:
         watch = watcher.get()
-        return function(*args) if watch is None else watch.call(function, args)
+        return function(*args) if watch is None or watch.is_paused else watch.call(function, args)
 
     return call
+
+
+@library_call
+def fill(tensor: torch.Tensor, number: float) -> tuple[()]:
+    """`tensor.fill_(number)`."""
+    tensor.fill_(number)
+    return ()
+
+
+@library_call
+def copy(source: torch.Tensor, target: torch.Tensor) -> tuple[()]:
+    """`target.copy_(source)`."""
+    target.copy_(source)
+    return ()
 
 
 class _Call(NamedTuple):
@@ -188,7 +200,6 @@ class Recording:
                 run(x, y, z, stream, function, metadata, None, None, None, *addresses, *others)
         keep_if_captured(self)
         return shown, Saved([buffers[number] for number in self.saved], self.packing)
-
 
 
 def _argument(arg: Any, buffers: list[torch.Tensor]) -> Any:
@@ -268,7 +279,8 @@ class _Watch(TorchDispatchMode):
         if not isinstance(arg, torch.Tensor):
             return arg
         place = self._place_of(arg)
-        return place, None if self.buffers[place.buffer] is arg else _look_of(arg)
+        stays_whole = place.buffer <= self.num_inputs or place.buffer in self.called
+        return place, None if stays_whole and self.buffers[place.buffer] is arg else _look_of(arg)
 
     def _place_of(self, arg: torch.Tensor | float | None) -> Place:
         if not isinstance(arg, torch.Tensor):

@@ -22,6 +22,7 @@ from muse_hf.kernels.common import (
     token_strides,
 )
 from muse_hf.kernels.launch import ceil_div, launch
+from muse_hf.kernels.replay import library_call
 
 # Partial outputs that exist at once. Key/value heads are worked through in parts of this size.
 _PARTIAL_BYTES = 1 << 30
@@ -50,6 +51,7 @@ class Items(NamedTuple):
     bounds: torch.Tensor
 
 
+@library_call
 def sort_items(choice: torch.Tensor, num_clusters: int) -> Items:
     """Sort the choice (Hkv, queries * r); clusters of -1 come first and belong to none."""
     dtype = torch.int16 if num_clusters < 1 << 15 else torch.int32

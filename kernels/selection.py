@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.layout import Layout
+from muse_hf.kernels.replay import fill
 from muse_hf.kernels.summaries import TILE
 
 MOST_RETRIEVED = TILE
@@ -101,7 +102,7 @@ def list_choice(chosen: torch.Tensor, layout: Layout, num_retrieved: int, block:
     heads, num_tokens, num_words = chosen.shape
     choice = chosen.new_empty(heads, num_tokens, num_retrieved)
     if layout.outside is not None:
-        choice.fill_(-1)
+        fill(choice, -1)
     if not num_retrieved:
         return choice
     grid = (ceil_div(block, _LISTED["BLOCK_Q"]), heads, layout.block_start.shape[0])

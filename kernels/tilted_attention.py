@@ -22,6 +22,7 @@ from muse_hf.kernels.operators import (
     reason_against_local_blocks,
 )
 from muse_hf.kernels.point_sets import PointSet, PointSets, point_sets, sizes_of
+from muse_hf.kernels.replay import copy
 from muse_hf.kernels.tilted_refinement import refine, refine_backward
 from muse_hf.kernels.tilted_summaries import Summaries, summarise
 from muse_hf.kernels.tilted_summaries_backward import summaries_backward
@@ -138,13 +139,14 @@ def forward(
     if levels is None:
         output = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
         refine(query, sets, groups, centroids, summaries, _rows_of(output), part_lse, scale)
-        row_lse = part_lse.view(heads, batch, length).transpose(0, 1).clone()
+        row_lse = part_lse.new_empty(batch, heads, length)
+        copy(part_lse.view(heads, batch, length).transpose(0, 1), row_lse)
         results = [output, row_lse, part_lse]
     else:
         parts = query.new_empty(heads, sets.num_query_points, head_dim)
         refine(query, sets, groups, centroids, summaries, parts, part_lse, scale)
         local = local_forward(query, key, value, levels.layout, scale, block)
-        results = [*merge_levels(levels, block, *local, parts, part_lse), part_lse]
+        results = [*merge_levels(levels, block, local, parts, part_lse), part_lse]
     return [*results, centroids, members, held, *groups, *(x for x in summaries if x is not None)]
 
 

@@ -10,10 +10,15 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
+
 # What a device can do does not change, and PyTorch takes microseconds to say it.
-_device_capability = lru_cache(torch.cuda.get_device_capability)
+@lru_cache
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Compute capability."""
+    return torch.cuda.get_device_capability(device)
 
 
+@lru_cache
 def shared_memory_of(device: torch.device) -> int:
     """Bytes of shared memory that a program may use."""
     return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - 1024
@@ -47,7 +52,7 @@ def kept_on_device(build: Callable) -> Callable:
 
 def has_much_shared_memory(tensor: torch.Tensor) -> bool:
     """Whether a program may use more than 99 KiB, up to 227, of it."""
-    return tensor.is_cuda and _device_capability(tensor.device)[0] in (9, 10)
+    return tensor.is_cuda and capability_of(tensor.device)[0] in (9, 10)
 
 
 @lru_cache(maxsize=1024)

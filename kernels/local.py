@@ -20,7 +20,7 @@ from muse_hf.kernels.common import (
 )
 from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.layout import Layout, tile_of_block
-from muse_hf.kernels.replay import library_call
+from muse_hf.kernels.replay import copy, library_call
 
 # Head sizes up to which cuDNN and flash attention serve. Both want rows of whole 16 bytes.
 _LARGEST_CUDNN, _LARGEST_FLASH = 128, 256
@@ -103,7 +103,6 @@ class Local(NamedTuple):
     stride_s: int
 
 
-@library_call
 def local_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, block: int
 ) -> Local:
@@ -112,16 +111,10 @@ def local_forward(
     served = all(map(_suits_library, (query, key, value)))
     if served and layout.even and head_dim <= _LARGEST_CUDNN:
         blocks = (_as_blocks(tensor, block) for tensor in (query, key, value))
-        output, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            *blocks, None, True, 0.0, True, False, scale=scale
-        )
+        output, lse = _cudnn_attention(*blocks, scale)
         return Local(_from_blocks(output, query.shape), lse, lse.stride(1), lse.stride(0) // block)
     if served and head_dim <= _LARGEST_FLASH:
-        ends = layout.bounds
-        rows = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
-        output, lse, *_ = torch.ops.aten._flash_attention_forward(
-            *rows, ends, ends, block, block, 0.0, True, False, scale=scale
-        )
+        output, lse = _flash_attention(query, key, value, layout.bounds, block, scale)
         return Local(output.unflatten(0, (batch, length)).transpose(1, 2), lse, lse.stride(0), 1)
     output = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
     lse = query.new_empty(heads, batch * length, dtype=torch.float32)
@@ -138,6 +131,25 @@ def local_forward(
     return Local(output, lse, batch * length, 1)
 
 
+@library_call
+def _cudnn_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> tuple:
+    """Output and logsumexp (Z, H, block, 1) of blocks (Z, H, block, D)."""
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query, key, value, None, True, 0.0, True, False, scale=scale
+    )[:2]
+
+
+@library_call
+def _flash_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor, block: int, scale: float
+) -> tuple:
+    """Output (B * N, H, D) and logsumexp (H, B * N) of blocks of at most `block` tokens between `ends`."""
+    rows = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
+    return torch.ops.aten._flash_attention_forward(
+        *rows, ends, ends, block, block, 0.0, True, False, scale=scale
+    )[:2]
+
+
 def _suits_library(tensor: torch.Tensor) -> bool:
     """Whether its rows (B, H, N, D) are of 16 bits a number and begin at multiples of 16 bytes."""
     starts = (*tensor.stride()[:3], tensor.shape[3])
@@ -150,11 +162,13 @@ def _suits_library(tensor: torch.Tensor) -> bool:
 
 
 def _as_blocks(tensor: torch.Tensor, block: int) -> torch.Tensor:
-    """(B, H, N, D) to (B * N / block, H, block, D), a view if rows of a batch follow each other."""
+    """(B, H, N, D) to (B * N / block, H, block, D), a view where N rows of all heads lie together."""
     batch, heads, length, head_dim = tensor.shape
-    stride_b, stride_h, stride_n, _ = tensor.stride()
-    if batch > 1 and stride_b != length * stride_n:
-        return tensor.unflatten(2, (-1, block)).transpose(1, 2).flatten(0, 1)
+    if batch > 1 and tensor.stride(0) != length * tensor.stride(2):
+        together = tensor.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+        copy(tensor, together)
+        tensor = together
+    _, stride_h, stride_n, _ = tensor.stride()
     shape = batch * length // block, heads, block, head_dim
     return tensor.as_strided(shape, (block * stride_n, stride_h, stride_n, 1))
 

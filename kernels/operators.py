@@ -5,7 +5,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from muse_hf.kernels.common import shared_memory_of
+from muse_hf.kernels.common import capability_of, shared_memory_of
 from muse_hf.kernels.replay import Repeated, Saved, copy
 from torch.autograd.function import once_differentiable
 from triton import knobs
@@ -23,7 +23,7 @@ def reason_against_inputs(query: torch.Tensor) -> str | None:
         return "they do not compute in float64"
     if not query.is_cuda and not _INTERPRETED:
         return f"they need a CUDA device, the inputs are on {query.device.type!r}"
-    if query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
+    if query.is_cuda and capability_of(query.device) < (8, 0):
         return "they need compute capability 8.0 or newer"
     if query.shape[3] > LARGEST_HEAD_DIM:
         return f"head_dim {query.shape[3]} is larger than {LARGEST_HEAD_DIM}"
@@ -70,14 +70,24 @@ class AttentionOp:
         backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
         num_kept: int,
     ):
-        self.operator = torch.library.custom_op(name, _on_its_device(forward), mutates_args=())
-        self.operator.register_fake(fake)
-        backward_operator = torch.library.custom_op(
-            f"{name}_backward", _on_its_device(backward), mutates_args=()
+        run_forward = _on_its_device(Repeated(forward, num_shown=2))
+        run_whole_forward, run_backward = (
+            _on_its_device(Repeated(forward)),
+            _on_its_device(Repeated(backward)),
         )
+
+        @wraps(forward)
+        def forward_operator(*inputs: Any) -> list[torch.Tensor]:
+            return run_whole_forward(*inputs)[0]
+
+        @wraps(backward)
+        def backward_operator(grad, query, key, value, output, saved, *settings: Any) -> tuple:
+            return tuple(run_backward(grad, query, key, value, output, Saved(saved), *settings)[0])
+
+        self.operator = torch.library.custom_op(name, forward_operator, mutates_args=())
+        self.operator.register_fake(fake)
+        backward_operator = torch.library.custom_op(f"{name}_backward", backward_operator, mutates_args=())
         backward_operator.register_fake(_fake_gradients)
-        repeat_forward = _on_its_device(Repeated(forward, num_shown=2))
-        repeat_backward = _on_its_device(Repeated(backward, num_shown=3))
 
         def save(ctx: Any, inputs: tuple, output: torch.Tensor, saved: Saved) -> None:
             ctx.save_for_backward(*inputs[:3], output, *saved.buffers)
@@ -103,7 +113,7 @@ class AttentionOp:
         class Function(torch.autograd.Function):
             @staticmethod
             def forward(ctx, *inputs):
-                (output, lse), saved = repeat_forward(*inputs)
+                (output, lse), saved = run_forward(*inputs)
                 save(ctx, inputs, output, saved)
                 ctx.mark_non_differentiable(lse)
                 return output, lse
@@ -111,7 +121,7 @@ class AttentionOp:
             @staticmethod
             @once_differentiable
             def backward(ctx, grad, _):
-                return gradients(ctx, grad, lambda *inputs: repeat_backward(*inputs)[0])
+                return gradients(ctx, grad, lambda *inputs: run_backward(*inputs)[0])
 
         self.function = Function
 

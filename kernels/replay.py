@@ -45,6 +45,8 @@ class Place(NamedTuple):
         """The tensor that lies here."""
         buffer = buffers[self.buffer]
         first = buffer.storage_offset() * buffer.element_size() + self.offset
+        if buffer.dtype == look.dtype:
+            return buffer.as_strided(look.shape, look.stride, first // buffer.element_size())
         tensor = torch.empty(0, dtype=look.dtype, device=buffer.device)
         return tensor.set_(buffer.untyped_storage(), first // tensor.element_size(), look.shape, look.stride)
 
@@ -75,10 +77,10 @@ class Repeated:
     Args:
         function: Returns a list of tensors, and writes to none that it did not allocate. It may do what is
             said above and make library calls, see `library_call`; if it does more, it is never repeated.
-        num_shown: How many of the first results are returned as tensors. The others are `Saved`.
+        num_shown: How many of the first results are returned as tensors, None: all. Others are `Saved`.
     """
 
-    def __init__(self, function: Callable[..., list[torch.Tensor]], num_shown: int):
+    def __init__(self, function: Callable[..., list[torch.Tensor]], num_shown: int | None = None):
         self.function, self.num_shown = function, num_shown
         # By kind of the inputs: a recording, that the function was seen once, or None if it is not repeated.
         self.recordings: dict[tuple, Any] = {}
@@ -108,7 +110,8 @@ class Repeated:
             self.recordings.setdefault(kind, _SEEN_ONCE)
             if len(self.recordings) > _MOST_RECORDINGS:
                 del self.recordings[next(iter(self.recordings))]
-        return results[: self.num_shown], Saved(results[self.num_shown :])
+        shown = list(results[: self.num_shown])
+        return shown, Saved(list(results[len(shown) :]))
 
 
 def library_call(function: Callable) -> Callable:
@@ -160,38 +163,38 @@ class Recording:
     """What a function does for inputs of one kind.
 
     Attributes:
-        steps: In their order. Buffers are numbered: none, inputs, results that are shown, those of which
-            other tensors become parts (the packed results and the workspace), results of library calls.
-        shown: Results that are shown.
-        packed_bytes, workspace_bytes: Sizes of these two.
-        saved, packing: Numbers of the buffers that hold the other results, and how they hold them.
+        steps: In their order. Buffers are numbered: none, inputs, those that are allocated, the buffer of
+            packed results, the workspace, results of library calls.
+        allocated: What is allocated to be shown.
+        packed_bytes, workspace_bytes: Sizes of these buffers.
+        shown: Numbers of the results that are shown.
+        holders, packing: Numbers of the buffers that hold the other results, and how they do it.
         constants: Tensors that are there for good.
     """
 
     device: torch.device
     steps: list[_Call | _Launch]
-    shown: list[Look]
+    allocated: list[Look]
     packed_bytes: int
     workspace_bytes: int
-    saved: list[int]
+    shown: list[int]
+    holders: list[int]
     packing: Packing
     constants: list[torch.Tensor]
 
     def replay(self, inputs: list[torch.Tensor]) -> tuple[list[torch.Tensor], Saved]:
         """Do it for other inputs. Returns what `Repeated` does."""
         device = self.device
-        shown = [
-            torch.empty_strided(shape, stride, dtype=dtype, device=device)
-            for shape, stride, dtype in self.shown
-        ]
-        packed = torch.empty(self.packed_bytes, dtype=torch.uint8, device=device)
-        workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=device)
-        buffers = [None, *inputs, *shown, packed, workspace]
+        buffers = [None, *inputs]
+        for shape, stride, dtype in self.allocated:
+            buffers.append(torch.empty_strided(shape, stride, dtype=dtype, device=device))
+        for size in (self.packed_bytes, self.workspace_bytes):
+            buffers.append(torch.empty(size, dtype=torch.uint8, device=device))
         starts = [0, *[tensor.data_ptr() for tensor in buffers[1:]]]
         stream = current_stream(device.index)
         for step in self.steps:
             if type(step) is _Call:
-                results = _tensors_in(step.function(*(_argument(arg, buffers) for arg in step.args)))
+                results = _tensors_in(step.function(*[_argument(arg, buffers) for arg in step.args]))
                 buffers += results
                 starts += [result.data_ptr() for result in results]
             else:
@@ -199,7 +202,8 @@ class Recording:
                 addresses = [starts[buffer] + offset for buffer, offset in places]
                 run(x, y, z, stream, function, metadata, None, None, None, *addresses, *others)
         keep_if_captured(self)
-        return shown, Saved([buffers[number] for number in self.saved], self.packing)
+        saved = Saved([buffers[number] for number in self.holders], self.packing)
+        return [buffers[number] for number in self.shown], saved
 
 
 def _argument(arg: Any, buffers: list[torch.Tensor]) -> Any:
@@ -210,7 +214,7 @@ def _argument(arg: Any, buffers: list[torch.Tensor]) -> Any:
 
 
 def _watch(
-    function: Callable, args: list[Any], tensors: list[torch.Tensor], num_shown: int
+    function: Callable, args: list[Any], tensors: list[torch.Tensor], num_shown: int | None
 ) -> tuple[list[torch.Tensor], Recording | None]:
     """The results of a function, and how to repeat it if that can be done."""
     watch = _Watch(tensors)
@@ -223,27 +227,36 @@ def _watch(
     return results, watch.recording(results, num_shown)
 
 
+class _Buffer(NamedTuple):
+    """What is known of a tensor with memory of its own, also when it is gone."""
+
+    start: int
+    size: int
+    look: Look
+
+
 class _Watch(TorchDispatchMode):
     """Writes down what a function does. Buffers are: none, inputs, and what is allocated or calls return."""
 
     def __init__(self, inputs: list[torch.Tensor]):
         super().__init__()
-        self.num_inputs = len(inputs)
-        self.buffers: list[torch.Tensor | None] = [None]  # all live on, so that no storage is taken twice
-        self.number_of: dict[int, int] = {}
-        self.owner_of: dict[int, int] = {}
+        self.device, self.num_inputs = inputs[0].device, len(inputs)
+        self.buffers: list[_Buffer | None] = [None]
+        self.input_of: dict[int, int] = {}
+        self.owner_of: dict[int, int] = {}  # by storage, the last one where it has had several
         for tensor in inputs:
-            self.number_of[id(tensor)] = self._add(tensor)
+            is_shared = _storage_of(tensor) in self.owner_of
+            self.input_of[id(tensor)] = self._add(tensor)
+            if is_shared:  # of which of these inputs a view is a part is not known
+                self.owner_of[_storage_of(tensor)] = -1
         self.steps: list[_Call | _Launch] = []
         self.called: list[int] = []
         self.constants: list[torch.Tensor] = []
         self.repeatable, self.is_paused = True, False
 
     def _add(self, tensor: torch.Tensor) -> int:
-        number, storage = len(self.buffers), _storage_of(tensor)
-        # Inputs may share a storage. Which of them another part of it belongs to is not known: -1.
-        self.owner_of[storage] = -1 if storage in self.owner_of else number
-        self.buffers.append(tensor)
+        number = self.owner_of[_storage_of(tensor)] = len(self.buffers)
+        self.buffers.append(_Buffer(tensor.data_ptr(), tensor.untyped_storage().nbytes(), _look_of(tensor)))
         return number
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
@@ -257,7 +270,7 @@ class _Watch(TorchDispatchMode):
         return result
 
     def launch(self, compiled: Compiled | None, grid: tuple[int, int, int], args: tuple) -> None:
-        """Take note of a launch; not of those of the interpreter, which compiles nothing."""
+        """Take note of a launch. Nothing can be repeated in the interpreter, which compiles nothing."""
         if self.is_paused:
             return
         self.repeatable &= compiled is not None
@@ -276,59 +289,56 @@ class _Watch(TorchDispatchMode):
         return results
 
     def _argument(self, arg: Any) -> Any:
-        if not isinstance(arg, torch.Tensor):
+        if not isinstance(arg, torch.Tensor) or not (place := self._place_of(arg)).buffer:
             return arg
-        place = self._place_of(arg)
         stays_whole = place.buffer <= self.num_inputs or place.buffer in self.called
-        return place, None if stays_whole and self.buffers[place.buffer] is arg else _look_of(arg)
+        is_whole = place.offset == 0 and _look_of(arg) == self.buffers[place.buffer].look
+        return place, None if stays_whole and is_whole else _look_of(arg)
 
     def _place_of(self, arg: torch.Tensor | float | None) -> Place:
         if not isinstance(arg, torch.Tensor):
             return Place(0, arg or 0)  # kernels do not look at what is passed for None
-        number = self.number_of.get(id(arg)) or self.owner_of.get(_storage_of(arg), 0)
+        number = self.input_of.get(id(arg)) or self.owner_of.get(_storage_of(arg), 0)
         if number == 0:
             self.constants.append(arg)
             return Place(0, arg.data_ptr())
         self.repeatable &= number > 0
-        return Place(number, arg.data_ptr() - self.buffers[number].data_ptr())
+        return Place(number, arg.data_ptr() - self.buffers[number].start)
 
-    def recording(self, results: list[torch.Tensor], num_shown: int) -> Recording | None:
-        """How to repeat it, if possible: all results have to be new, and no two may share a buffer."""
+    def recording(self, results: list[torch.Tensor], num_shown: int | None) -> Recording | None:
+        """How to repeat it, if possible: each result has to begin a buffer of its own that is no input."""
         places, looks = [self._place_of(result) for result in results], [_look_of(x) for x in results]
         numbers = [place.buffer for place in places]
-        shown, saved = numbers[:num_shown], numbers[num_shown:]
-        are_new = min(numbers) > self.num_inputs and len(set(numbers)) == len(numbers)
-        are_whole = not any(place.offset for place in places) and not set(shown) & set(self.called)
-        if not (self.repeatable and are_new and are_whole):
+        are_buffers = min(numbers) > self.num_inputs and len(set(numbers)) == len(numbers)
+        if not self.repeatable or not are_buffers or any(place.offset for place in places):
             return None
-        new = [n for n in range(self.num_inputs + 1, len(self.buffers)) if n not in self.called]
-        packed, packed_bytes = _side_by_side({n: self.buffers[n].nbytes for n in saved if n in new})
-        lives = self._lives()
+        shown, saved = numbers[:num_shown], numbers[len(numbers[:num_shown]) :]
+        allocated = [number for number in shown if number not in self.called]
+        packed, packed_bytes = _side_by_side({n: self.buffers[n].size for n in saved if n not in self.called})
         workspace, workspace_bytes = _in_turn(
-            {n: (self.buffers[n].nbytes, lives[n]) for n in new if n in lives and n not in numbers}
+            {
+                number: (self.buffers[number].size, life)
+                for number, life in self._lives().items()
+                if number > self.num_inputs and number not in {*numbers, *self.called}
+            }
         )
-        # The buffers of a replay: none, inputs and shown results, what is packed, the workspace, and results
-        # of calls.
-        kept = [*range(self.num_inputs + 1), *shown]
-        holder = len(kept)
-        moved = {number: Place(i, 0) for i, number in enumerate(kept)}
-        moved |= {number: Place(holder, offset) for number, offset in packed.items()}
-        moved |= {number: Place(holder + 1, offset) for number, offset in workspace.items()}
-        moved |= {number: Place(holder + 2 + i, 0) for i, number in enumerate(self.called)}
-        holders = [holder, *(moved[n].buffer for n in saved if n in self.called)]
+        # From here on buffers have the numbers that `Recording` gives them.
+        whole = [*range(self.num_inputs + 1), *allocated]
+        moved = {number: Place(i, 0) for i, number in enumerate(whole)}
+        moved |= {number: Place(len(whole), offset) for number, offset in packed.items()}
+        moved |= {number: Place(len(whole) + 1, offset) for number, offset in workspace.items()}
+        moved |= {number: Place(len(whole) + 2 + i, 0) for i, number in enumerate(self.called)}
+        holders = [len(whole), *(moved[number].buffer for number in saved if number in self.called)]
+        saved = [Place(holders.index(moved[n].buffer), moved[n].offset) for n in saved]
         return Recording(
-            device=self.buffers[1].device,
+            device=self.device,
             steps=[_moved(step, moved) for step in self.steps],
-            shown=looks[:num_shown],
+            allocated=[look for number, look in zip(numbers, looks) if number in allocated],
             packed_bytes=packed_bytes,
             workspace_bytes=workspace_bytes,
-            saved=holders,
-            packing=Packing(
-                tuple(
-                    (Place(holders.index(moved[n].buffer), moved[n].offset), look)
-                    for n, look in zip(saved, looks[num_shown:])
-                )
-            ),
+            shown=[moved[number].buffer for number in shown],
+            holders=holders,
+            packing=Packing(tuple(zip(saved, looks[len(shown) :]))),
             constants=self.constants,
         )
 

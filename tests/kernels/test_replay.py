@@ -5,9 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from muse_hf.kernels import attention, tilted_attention
 from muse_hf.kernels import launch as launching
-from muse_hf.kernels.replay import Recording, Repeated
+from muse_hf.kernels.launch import launch
+from muse_hf.kernels.replay import Recording, Repeated, library_call
 from torch.utils._python_dispatch import _disable_current_modes
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -96,3 +99,73 @@ def test_attention_repeated_is_attention(module, settings, batch, num_kept):
             assert actual.stride() == exact.stride()
     assert [type(how) for how in forward.recordings.values()] == [Recording]
     assert [type(how) for how in backward.recordings.values()] == [Recording] * 2, "saved apart, and packed"
+
+
+@triton.jit
+def _add_kernel(x, y, nothing, total, number, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    tl.store(total + at, tl.load(x + at) + tl.load(y + at) + number)
+
+
+TABLE = torch.arange(16, dtype=torch.float32)
+
+
+@library_call
+def _halves(x, table):
+    return (x / 2 + table, "no tensor")
+
+
+def _sum(x, y, number):
+    """x + y / 2 + table + 3 * number, and in between; the second is saved."""
+    first = torch.empty_like(x)
+    launch(_add_kernel, (1,), x, TABLE, None, first, number, BLOCK=16)
+    half, _ = _halves(y, TABLE)
+    second = x.new_empty(2, 16)
+    for row in second.unbind():
+        launch(_add_kernel, (1,), first, half, None, row, number, BLOCK=16)
+    return [half, second]
+
+
+def _steps(function, tensors, number=2.0):
+    """Shown and saved results of some calls."""
+    found = []
+    for x, y in tensors:
+        shown, saved = function(x, y, number)
+        found.append((*shown, *saved.tensors()))
+    return found
+
+
+def test_parts_of_buffers_and_results_of_libraries_find_their_place():
+    tensors = [torch.randn(2, 16) for _ in range(4)]
+    repeated = Repeated(_sum, num_shown=1)
+    for (half, second), (x, y) in zip(_steps(repeated, tensors), tensors):
+        assert torch.equal(half, y / 2 + TABLE)
+        assert torch.equal(second, (x + TABLE + 2.0 + half + 2.0).expand(2, 16))
+    assert [type(how) for how in repeated.recordings.values()] == [Recording]
+
+
+def test_inputs_that_are_one_tensor_are_told_apart_later():
+    repeated, x = Repeated(_sum, num_shown=1), torch.randn(16)
+    pairs = [(x, x)] * 3 + [(x, x + 1)] * 3
+    for (half, _), (_, y) in zip(_steps(repeated, pairs), pairs):
+        assert torch.equal(half, y / 2 + TABLE)
+
+
+def test_other_operations_are_made_every_time():
+    def function(x, y, number):
+        return [x * number + y]
+
+    repeated = Repeated(function)
+    for factor in (1.0, 2.0, 3.0):
+        ((result,), _) = repeated(torch.full((16,), factor), torch.ones(16), 2.0)
+        assert (result == 2 * factor + 1).all()
+    assert [*repeated.recordings.values()] == [None]
+
+
+def test_inputs_of_another_kind_are_another_case():
+    repeated, memory = Repeated(_sum, num_shown=1), torch.randn(3, 17)
+    for x in (memory[0, :16], memory[0, 1:], memory[0, :16]):
+        for number in (2.0, 3.0, 2.0, 2.0):
+            _, saved = repeated(x, memory[2, :16], number)
+    assert len(repeated.recordings) == 4
+    assert torch.equal(saved.tensors()[0][0], memory[0, :16] + TABLE + 4.0 + memory[2, :16] / 2 + TABLE)

@@ -71,10 +71,8 @@ class AttentionOp:
         num_kept: int,
     ):
         run_forward = _on_its_device(Repeated(forward, num_shown=2))
-        run_whole_forward, run_backward = (
-            _on_its_device(Repeated(forward)),
-            _on_its_device(Repeated(backward)),
-        )
+        run_whole_forward = _on_its_device(Repeated(forward))
+        run_backward = _on_its_device(Repeated(backward))
 
         @wraps(forward)
         def forward_operator(*inputs: Any) -> list[torch.Tensor]:

@@ -168,4 +168,5 @@ def test_inputs_of_another_kind_are_another_case():
         for number in (2.0, 3.0, 2.0, 2.0):
             _, saved = repeated(x, memory[2, :16], number)
     assert len(repeated.recordings) == 4
-    assert torch.equal(saved.tensors()[0][0], memory[0, :16] + TABLE + 4.0 + memory[2, :16] / 2 + TABLE)
+    expected = memory[0, :16] + TABLE + 2.0 + (memory[2, :16] / 2 + TABLE) + 2.0
+    assert torch.equal(saved.tensors()[0][0], expected)

@@ -244,10 +244,11 @@ class _Watch(TorchDispatchMode):
         self.buffers: list[_Buffer | None] = [None]
         self.input_of: dict[int, int] = {}
         self.owner_of: dict[int, int] = {}  # by storage, the last one where it has had several
+        self.views_of_inputs: list[torch.Tensor] = []  # which stay, so that nothing else gets their identity
         for tensor in inputs:
             is_shared = _storage_of(tensor) in self.owner_of
             self.input_of[id(tensor)] = self._add(tensor)
-            if is_shared:  # of which of these inputs a view is a part is not known
+            if is_shared:  # by several inputs: it does not tell whose views they are
                 self.owner_of[_storage_of(tensor)] = -1
         self.steps: list[_Call | _Launch] = []
         self.called: list[int] = []
@@ -267,6 +268,9 @@ class _Watch(TorchDispatchMode):
             views = result if isinstance(result, (list, tuple)) else [result]
             are_views = all(isinstance(x, torch.Tensor) and _storage_of(x) in self.owner_of for x in views)
             self.repeatable &= are_views and not op._schema.is_mutable
+            if self.repeatable and (number := self.input_of.get(id(args[0]))):
+                self.views_of_inputs += views
+                self.input_of |= {id(view): number for view in views}
         return result
 
     def launch(self, compiled: Compiled | None, grid: tuple[int, int, int], args: tuple) -> None:

@@ -151,6 +151,22 @@ def test_inputs_that_are_one_tensor_are_told_apart_later():
         assert torch.equal(half, y / 2 + TABLE)
 
 
+def test_views_of_inputs_that_share_memory_are_told_apart():
+    def function(x, y):
+        half, _ = _halves(y.view(4, 4).flatten(), TABLE)
+        total = torch.empty_like(half)
+        launch(_add_kernel, (1,), x.view(2, 8)[1:], half, None, total, 0.0, BLOCK=8)
+        return [total]
+
+    repeated = Repeated(function)
+    for i in range(4):
+        memory, apart = torch.randn(48), torch.randn(16)
+        x, y = memory[16:32], (apart if i == 3 else memory[:16])
+        ((total,), _) = repeated(x, y)
+        assert torch.equal(total[:8], x[8:] + (y / 2 + TABLE)[:8])
+    assert [type(how) for how in repeated.recordings.values()] == [Recording]
+
+
 def test_other_operations_are_made_every_time():
     def function(x, y, number):
         return [x * number + y]

@@ -7,7 +7,7 @@ import torch
 from muse_hf.kernels.clustering import PADDING, Clusters, cluster_keys
 from muse_hf.kernels.common import shared_memory_of
 from muse_hf.kernels.items import Items, list_items
-from muse_hf.kernels.layout import count_clusters, layout_of
+from muse_hf.kernels.layout import Layout, count_clusters, layout_of
 from muse_hf.kernels.local import local_forward
 from muse_hf.kernels.local_backward import local_backward
 from muse_hf.kernels.operators import (
@@ -18,6 +18,7 @@ from muse_hf.kernels.operators import (
 )
 from muse_hf.kernels.refinement import num_words, refine
 from muse_hf.kernels.refinement_backward import query_backward, summary_backward
+from muse_hf.kernels.replay import fill, library_call
 from muse_hf.kernels.retrieval import retrieve, retrieve_backward, shared_memory_for
 from muse_hf.kernels.selection import MOST_RETRIEVED
 from muse_hf.kernels.weight_terms import weight_terms
@@ -79,7 +80,7 @@ def forward(
     num_retrieved: int,
     threshold: float,
 ) -> list[torch.Tensor]:
-    """Output, logsumexp as kernels and as users index it, and what else the backward pass needs.
+    """Output, logsumexp, and what the backward pass needs; first the logsumexp as kernels index it.
 
     Args:
         sequences: First token id and length of each in turn.
@@ -87,22 +88,28 @@ def forward(
     batch, heads, length, head_dim = query.shape
     layout = layout_of(tuple(sequences), batch * length, block, clusters_per_block, query.device)
     clusters = cluster_keys(key, value, layout.key_start, block, clusters_per_block, capacity, kmeans_iters)
-    local, local_lse = local_forward(query, key, value, layout, scale, block)
+    local = local_forward(query, key, value, layout, scale, block)
     output = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
     lse = query.new_empty(heads, batch * length, dtype=torch.float32)
     if layout.outside is not None:  # λ = ∞ makes all weights and so all gradients zero
-        output.zero_()
-        lse.fill_(torch.inf)
-    chosen = refine(
-        query, clusters, layout, local, local_lse, output, lse, scale, num_retrieved, threshold, block
-    )
+        fill(output, 0)
+        fill(lse, torch.inf)
+    chosen = refine(query, clusters, layout, local, output, lse, scale, num_retrieved, threshold, block)
     items = list_items(chosen, layout, *clusters.count.shape, num_retrieved, block, clusters_per_block)
     retrieve(query, key, value, clusters, items, output, lse, scale)
     row_lse = query.new_empty(batch, heads, length, dtype=torch.float32)
+    _write_by_row(lse, row_lse, layout)
+    return [output, row_lse, lse, chosen, *items, *clusters]
+
+
+@library_call
+def _write_by_row(lse: torch.Tensor, row_lse: torch.Tensor, layout: Layout) -> tuple[()]:
+    """(H, B * N) to (B, H, N), 0 outside the sequences."""
+    batch, heads, length = row_lse.shape
     row_lse.copy_(lse.view(heads, batch, length).transpose(0, 1))
     if layout.outside is not None:
         row_lse.masked_fill_(layout.outside.view(batch, 1, length), 0)
-    return [output, lse, row_lse, chosen, *items, *clusters]
+    return ()
 
 
 def fake(
@@ -119,8 +126,8 @@ def fake(
 
     return [
         new(batch, length, heads, head_dim, dtype=query.dtype).transpose(1, 2),
-        new(heads, tokens, dtype=torch.float32),
         new(batch, heads, length, dtype=torch.float32),
+        new(heads, tokens, dtype=torch.float32),
         new(heads, tokens, num_words(max_seen, num_retrieved)),
         new(kv_heads, num_items),
         new(kv_heads, num_clusters + 1),
@@ -140,15 +147,14 @@ def backward(
     key: torch.Tensor,
     value: torch.Tensor,
     output: torch.Tensor,
-    lse: torch.Tensor,
     saved: list[torch.Tensor],
     scale: float,
     sequences: Sequence[int],
     block: int,
     clusters_per_block: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key and value. `saved` is what `forward` returns behind the logsumexps."""
-    chosen, *rest = saved
+    """Gradients of query, key and value. `saved` is what `forward` returns behind output and logsumexp."""
+    lse, chosen, *rest = saved
     items, clusters = Items(*rest[:3]), Clusters(*rest[3:])
     tokens = query.shape[0] * query.shape[2]
     layout = layout_of(tuple(sequences), tokens, block, clusters_per_block, query.device)

@@ -299,14 +299,14 @@ def members_with_capacity(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Members (Hkv, slots) of the clusters of keys, and how many (Hkv, rows) each holds; int32.
 
-    The slots of a cluster are `capacity` consecutive ones, -1 where there is no member. Overwrites
+    The slots of a cluster are `capacity` consecutive ones, of which its members take the first. Overwrites
     `label`, `near` and the order of the groups where they are of keys.
 
     Args:
         groups, label, near: See `sort_by_cluster`.
     """
     heads, head_dim = key.shape[1], key.shape[3]
-    members = torch.full((heads, sets.num_slots), -1, dtype=torch.int32, device=key.device)
+    members = key.new_empty(heads, sets.num_slots, dtype=torch.int32)
     held = members.new_empty(heads, sets.num_key_rows)
     sizes = (sets.num_rows, sets.num_key_rows, sets.num_points, sets.num_slots)
     # About two thirds of it are members of a cluster, in one warp wherever 256 places are enough.

@@ -30,7 +30,7 @@ class Clusters(NamedTuple):
     """Clusters of all key blocks: J = F * C of at most m keys for each of Hkv key/value heads.
 
     Attributes:
-        members: (Hkv, J, m) int32 token ids, -1 where there is none.
+        members: (Hkv, J, m) int32 token ids, of which the first `count` are.
         count: (Hkv, J) int32 number of members.
         log_mass: (Hkv * J + PADDING,) float32 log of the count, -inf if empty.
         key_mean, value_mean: (Hkv * J + PADDING, D) in the dtype of the keys.

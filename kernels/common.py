@@ -10,10 +10,15 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
+
 # What a device can do does not change, and PyTorch takes microseconds to say it.
-_device_capability = lru_cache(torch.cuda.get_device_capability)
+@lru_cache
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Compute capability."""
+    return torch.cuda.get_device_capability(device)
 
 
+@lru_cache
 def shared_memory_of(device: torch.device) -> int:
     """Bytes of shared memory that a program may use."""
     return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - 1024
@@ -21,6 +26,12 @@ def shared_memory_of(device: torch.device) -> int:
 
 # What CUDA graphs were captured with.
 _captured: list[Any] = []
+
+
+def keep_if_captured(built: Any) -> None:
+    """Keep what a CUDA graph that is being captured, if any, holds addresses of."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        _captured.append(built)
 
 
 def kept_on_device(build: Callable) -> Callable:
@@ -33,8 +44,7 @@ def kept_on_device(build: Callable) -> Callable:
     @wraps(build)
     def get(*args: Any, **kwargs: Any) -> Any:
         built = cached(*args, **kwargs)
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            _captured.append(built)
+        keep_if_captured(built)
         return built
 
     return get
@@ -42,7 +52,7 @@ def kept_on_device(build: Callable) -> Callable:
 
 def has_much_shared_memory(tensor: torch.Tensor) -> bool:
     """Whether a program may use more than 99 KiB, up to 227, of it."""
-    return tensor.is_cuda and _device_capability(tensor.device)[0] in (9, 10)
+    return tensor.is_cuda and capability_of(tensor.device)[0] in (9, 10)
 
 
 @lru_cache(maxsize=1024)

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.layout import Layout
+from muse_hf.kernels.replay import fill, library_call
 from muse_hf.kernels.selection import number_of_bits
 
 # Queries in a chunk: fewer than a byte can count. One warp, whose sums take no barriers.
@@ -152,6 +153,13 @@ def _place_kernel(
             item += number_of_bits(word)
 
 
+@library_call
+def _add_up(bounds: torch.Tensor) -> tuple[()]:
+    """Numbers of clusters to those of all clusters before."""
+    bounds.cumsum_(1)
+    return ()
+
+
 def list_items(
     chosen: torch.Tensor, layout: Layout, kv_heads: int, num_clusters: int, num_retrieved: int,
     block: int, clusters_per_block: int,
@@ -159,15 +167,18 @@ def list_items(
     """The items of chosen (H, B * N, WORDS), the bits of clusters that each query retrieves."""
     heads, num_tokens, num_words = chosen.shape
     groups = heads // kv_heads
-    bounds = chosen.new_zeros(kv_heads, num_clusters + 1)
-    new_number = chosen.new_empty if layout.outside is None and num_retrieved else chosen.new_zeros
-    number = new_number(heads, num_tokens, dtype=torch.uint8)
     order = chosen.new_empty(kv_heads, groups * num_tokens * num_retrieved)
+    bounds = chosen.new_empty(kv_heads, num_clusters + 1)
+    number = chosen.new_empty(heads, num_tokens, dtype=torch.uint8)
+    fill(bounds, 0)
+    if layout.outside is not None or not num_retrieved:
+        fill(number, 0)
     if not num_retrieved:
         return Items(order, bounds, number)
     tiles = ceil_div(block, _CHUNK)
     num_chunks = groups * tiles * (layout.max_seen // clusters_per_block + 1)
-    counts = chosen.new_zeros(kv_heads, num_chunks, num_clusters)  # of what a chunk does not see as well
+    counts = chosen.new_empty(kv_heads, num_chunks, num_clusters)
+    fill(counts, 0)  # of what a chunk does not see
     grid = (tiles, heads, layout.block_start.shape[0])
     sizes = (num_tokens, num_clusters, num_chunks, clusters_per_block)
     constants = {"WORDS": num_words, "GROUP_HEADS": groups, **_LISTED}
@@ -176,7 +187,7 @@ def list_items(
         _add_counts_kernel, (ceil_div(num_clusters, _ADDED["BLOCK_J"]), kv_heads),
         counts, bounds, num_clusters, num_chunks, **_ADDED,
     )  # fmt: skip
-    bounds.cumsum_(1)
+    _add_up(bounds)
     launch(
         _place_kernel, grid,
         chosen, *layout.query_blocks, counts, bounds, order, *sizes, num_retrieved, **constants,

@@ -34,6 +34,7 @@ from muse_hf.kernels.point_sets import (
     chunk_field,
     set_field,
 )
+from muse_hf.kernels.replay import fill
 
 # Centroids in a tile, and points that are put in their places at once.
 _LARGEST_TILE, _SORT_TILE = 64, 256
@@ -303,10 +304,11 @@ def kmeans(query: torch.Tensor, key: torch.Tensor, sets: PointSets, iters: int) 
     dims = {name: tiles[name] for name in ("HEAD_DIM", "BLOCK_D")}
     strides = *query.stride()[:3], *key.stride()[:3]
     centroids = query.new_empty(heads, sets.num_rows, head_dim)
-    # Without a step there is nothing to add up, and every cluster keeps the token it starts from.
-    new = query.new_empty if iters else query.new_zeros
-    sums = new(heads, sets.num_sums, head_dim, dtype=torch.float32)
-    counts = new(heads, sets.num_sums, dtype=torch.int32)
+    sums = query.new_empty(heads, sets.num_sums, head_dim, dtype=torch.float32)
+    counts = query.new_empty(heads, sets.num_sums, dtype=torch.int32)
+    if not iters:  # there is nothing to add up, and every cluster keeps the token it starts from
+        fill(sums, 0)
+        fill(counts, 0)
     for step in range(max(1, iters)):
         start = {"START_TOKENS": step == 0}
         if iters:

@@ -1,21 +1,35 @@
 """Launching kernels without finding out again what Triton compiled for arguments of their kind."""
 
+from contextvars import ContextVar
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-# Compiled kernels, which keep their source alive, and constants: by all that Triton specializes a kernel on.
-_compiled: dict[tuple, tuple] = {}
+
+class Compiled(NamedTuple):
+    """A compiled kernel, what launches it, and the arguments that it was compiled for."""
+
+    kernel: Any
+    run: Any
+    function: Any
+    metadata: Any
+    constants: list[Any]
+
+
+# By all that Triton specializes a kernel on. Compiled kernels keep their source alive.
+_compiled: dict[tuple, Compiled] = {}
+# What wants to know of launches in this thread, see `replay`.
+watcher: ContextVar[Any] = ContextVar("watcher", default=None)
 
 
 def launch(kernel: JITFunction, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """`kernel[grid](*args, **constants)`, at a fraction of its cost to the host from the second time on.
 
     Args:
-        args: Tensors (the first argument is one), None and numbers.
+        args: Tensors (the first argument is one) and None, then numbers.
         constants: All constexpr parameters, and options of the launch.
     """
     constants.setdefault("enable_fp_fusion", True)  # Triton's default from 3.10 on is another one
@@ -35,19 +49,27 @@ def launch(kernel: JITFunction, grid: tuple[int, ...], *args: Any, **constants: 
             values.append(address)
     key = tuple(kinds)
     found = _compiled.get(key)
+    grid = (*grid, 1, 1)[:3]
     if found is None:
-        last = [constants[name] for name in kernel.arg_names[len(args) :]]
+        constants_in_order = [constants[name] for name in kernel.arg_names[len(args) :]]
         compiled = kernel[grid](*args, **constants)
         if compiled is not None:  # the interpreter has nothing to keep
-            _compiled[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata, last
-        return
-    compiled, run, function, metadata, last = found
-    grid = (*grid, 1, 1)
-    if _is_hooked():
-        compiled[grid](*values, *last)
+            found = Compiled(
+                compiled, compiled.run, compiled.function, compiled.packed_metadata, constants_in_order
+            )
+            _compiled[key] = found
+    elif is_hooked():
+        found.kernel[grid](*values, *found.constants)
     else:  # what this does, without a record of the launch for hooks
-        stream = driver.active.get_current_stream(device)
-        run(*grid[:3], stream, function, metadata, None, None, None, *values, *last)
+        stream = current_stream(device)
+        found.run(*grid, stream, found.function, found.metadata, None, None, None, *values, *found.constants)
+    if (watch := watcher.get()) is not None:
+        watch.launch(found, grid, args)
+
+
+def current_stream(device: int) -> int:
+    """The stream that kernels are launched on."""
+    return driver.active.get_current_stream(device)
 
 
 @lru_cache(maxsize=1 << 12)
@@ -56,7 +78,7 @@ def _kind_of(number: int) -> tuple[bool, bool, bool]:
     return number == 1, number % 16 == 0, -(1 << 31) <= number < 1 << 31
 
 
-def _is_hooked() -> bool:
+def is_hooked() -> bool:
     """Whether someone, a profiler as a rule, wants to know about launches."""
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))  # a chain, or one hook

@@ -14,8 +14,10 @@ import triton.language as tl
 from muse_hf.kernels.common import kept_on_device, load_tokens, plane_of, power_of_two, store_tokens
 from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.layout import Layout, layout_of
+from muse_hf.kernels.local import Local
 from muse_hf.kernels.local_backward import Parts
 from muse_hf.kernels.point_sets import PointSet, PointSets, point_sets
+from muse_hf.kernels.replay import fill
 
 
 @dataclass(frozen=True)
@@ -99,25 +101,27 @@ def _parts(sets: list[PointSet], blocks: list[int], length: int, block: int, dev
 
 @triton.jit
 def _block_of(block_start, block_length, length, BLOCK_N: tl.constexpr):
-    """Row, tokens and their offsets in their block, for one tile of a block."""
+    """First token id, row, tokens and their offsets in their block, for one tile of a block."""
     z = tl.program_id(2)
     start = tl.load(block_start + z)
     offsets = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    return z, start // length, start % length + offsets, offsets, offsets < tl.load(block_length + z)
+    return z, start, start // length, start % length + offsets, offsets, offsets < tl.load(block_length + z)
 
 
 @triton.jit
 def _merge_kernel(
     block_start, block_length, bounds, point, local, local_lse, parts, part_lse, output, lse, row_lse,
-    stride_lb, stride_lh, stride_ln, stride_ob, stride_oh, stride_on, length, num_tokens, num_points,
+    stride_lb, stride_lh, stride_ln, stride_ob, stride_oh, stride_on, lse_stride_h, lse_stride_s,
+    length, num_tokens, num_points,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Join the local part of a tile of queries with those of the levels."""
     head = tl.program_id(1).to(tl.int64)
-    z, row, tokens, offsets, inside = _block_of(block_start, block_length, length, BLOCK_N)
+    z, start, row, tokens, offsets, inside = _block_of(block_start, block_length, length, BLOCK_N)
     first, end = tl.load(bounds + z), tl.load(bounds + z + 1)
     ids = head * num_tokens + row.to(tl.int64) * length + tokens
-    local_share = tl.load(local_lse + ids, mask=inside, other=0)
+    local_lse += head * lse_stride_h + start.to(tl.int64) * lse_stride_s
+    local_share = tl.load(local_lse + offsets, mask=inside, other=0)
     parts += head * num_points * HEAD_DIM
     part_lse += head * num_points
     top = local_share
@@ -146,34 +150,31 @@ def _merge_kernel(
 
 
 def merge_levels(
-    levels: Levels, block: int, local: torch.Tensor, local_lse: torch.Tensor, parts: torch.Tensor,
-    part_lse: torch.Tensor,
+    levels: Levels, block: int, local: Local, parts: torch.Tensor, part_lse: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Output and logsumexp of the whole attention.
 
     Args:
-        local, local_lse: (B, H, N, D) and (H, B * N), of the exact local part.
         parts, part_lse: (H, query points, D) and (H, query points).
 
     Returns:
-        Output (B, H, N, D), logsumexp (H, B * N) with ∞ and (B, H, N) with 0 outside the sequences.
+        Output (B, H, N, D), logsumexp (B, H, N) with 0 and (H, B * N) with ∞ outside the sequences.
     """
-    batch, heads, length, head_dim = local.shape
+    batch, heads, length, head_dim = local.output.shape
     layout = levels.layout
-    output = local.new_empty(batch, length, heads, head_dim).transpose(1, 2)
-    lse = torch.empty_like(local_lse)
+    output = local.output.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+    lse = part_lse.new_empty(heads, batch * length)
     row_lse = lse.new_empty(batch, heads, length)
     if layout.outside is not None:  # λ = ∞ makes all weights and so all gradients zero
-        output.zero_()
-        lse.fill_(torch.inf)
-        row_lse.zero_()
+        for tensor, number in ((output, 0), (lse, torch.inf), (row_lse, 0)):
+            fill(tensor, number)
     launch(
         _merge_kernel, _grid(layout, block, heads),
-        layout.block_start, layout.block_length, *levels.query_parts, local, local_lse, parts, part_lse,
-        output, lse, row_lse, *local.stride()[:3], *output.stride()[:3], length, lse.shape[1],
-        part_lse.shape[1], **_tiles(head_dim, block),
+        layout.block_start, layout.block_length, *levels.query_parts, local.output, local.lse, parts,
+        part_lse, output, lse, row_lse, *local.output.stride()[:3], *output.stride()[:3], local.stride_h,
+        local.stride_s, length, lse.shape[1], part_lse.shape[1], **_tiles(head_dim, block),
     )  # fmt: skip
-    return output, lse, row_lse
+    return output, row_lse, lse
 
 
 def _grid(layout: Layout, block: int, heads: int) -> tuple[int, int, int]:

@@ -5,6 +5,7 @@ own for what it does not: float32, odd head sizes, Triton's interpreter.
 """
 
 from math import prod
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,6 +20,7 @@ from muse_hf.kernels.common import (
 )
 from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.layout import Layout, tile_of_block
+from muse_hf.kernels.replay import copy, library_call
 
 # Head sizes up to which cuDNN and flash attention serve. Both want rows of whole 16 bytes.
 _LARGEST_CUDNN, _LARGEST_FLASH = 128, 256
@@ -86,29 +88,34 @@ def _local_kernel(
         tl.store(at, (top + tl.log2(total)) / LOG2_E, mask=inside)
 
 
+class Local(NamedTuple):
+    """Attention of each block by itself. Outside the sequences nothing is said of it.
+
+    Attributes:
+        output: (B, H, N, D).
+        lse: float32 logsumexp. That of token i of a block of head h is at h * stride_h + s * stride_s + i,
+            where s is the id of the block's first token.
+    """
+
+    output: torch.Tensor
+    lse: torch.Tensor
+    stride_h: int
+    stride_s: int
+
+
 def local_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float, block: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output (B, H, N, D) and logsumexp (H, B * N) float32 of each block by itself.
-
-    Outside the sequences nothing is said of them.
-    """
+) -> Local:
+    """Attention of each block of the layout."""
     batch, heads, length, head_dim = query.shape
     served = all(map(_suits_library, (query, key, value)))
     if served and layout.even and head_dim <= _LARGEST_CUDNN:
         blocks = (_as_blocks(tensor, block) for tensor in (query, key, value))
-        output, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            *blocks, None, True, 0.0, True, False, scale=scale
-        )
-        lse = lse.squeeze(-1).transpose(0, 1).flatten(1)
-        return _from_blocks(output, batch), lse
+        output, lse = _cudnn_attention(*blocks, scale)
+        return Local(_from_blocks(output, query.shape), lse, lse.stride(1), lse.stride(0) // block)
     if served and head_dim <= _LARGEST_FLASH:
-        ends = layout.bounds
-        rows = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
-        output, lse, *_ = torch.ops.aten._flash_attention_forward(
-            *rows, ends, ends, block, block, 0.0, True, False, scale=scale
-        )
-        return output.unflatten(0, (batch, length)).transpose(1, 2), lse
+        output, lse = _flash_attention(query, key, value, layout.bounds, block, scale)
+        return Local(output.unflatten(0, (batch, length)).transpose(1, 2), lse, lse.stride(0), 1)
     output = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
     lse = query.new_empty(heads, batch * length, dtype=torch.float32)
     strides = [stride for tensor in (query, key, value, output) for stride in tensor.stride()[:3]]
@@ -121,7 +128,26 @@ def local_forward(
         GROUP_HEADS=heads // key.shape[1], HEAD_DIM=head_dim, BLOCK_D=power_of_two(head_dim),
         BLOCK_Q=tile, BLOCK_K=32, num_warps=4, num_stages=2,
     )  # fmt: skip
-    return output, lse
+    return Local(output, lse, batch * length, 1)
+
+
+@library_call
+def _cudnn_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> tuple:
+    """Output and logsumexp (Z, H, block, 1) of blocks (Z, H, block, D)."""
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query, key, value, None, True, 0.0, True, False, scale=scale
+    )[:2]
+
+
+@library_call
+def _flash_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor, block: int, scale: float
+) -> tuple:
+    """Output (B * N, H, D) and logsumexp (H, B * N) of blocks of at most `block` tokens between `ends`."""
+    rows = (tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value))
+    return torch.ops.aten._flash_attention_forward(
+        *rows, ends, ends, block, block, 0.0, True, False, scale=scale
+    )[:2]
 
 
 def _suits_library(tensor: torch.Tensor) -> bool:
@@ -137,10 +163,20 @@ def _suits_library(tensor: torch.Tensor) -> bool:
 
 def _as_blocks(tensor: torch.Tensor, block: int) -> torch.Tensor:
     """(B, H, N, D) to (B * N / block, H, block, D), a view where N rows of all heads lie together."""
-    _, heads, _, head_dim = tensor.shape
-    return tensor.transpose(1, 2).reshape(-1, block, heads, head_dim).transpose(1, 2)
+    batch, heads, length, head_dim = tensor.shape
+    if batch > 1 and tensor.stride(0) != length * tensor.stride(2):
+        together = tensor.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+        copy(tensor, together)
+        tensor = together
+    _, stride_h, stride_n, _ = tensor.stride()
+    shape = batch * length // block, heads, block, head_dim
+    return tensor.as_strided(shape, (block * stride_n, stride_h, stride_n, 1))
 
 
-def _from_blocks(blocks: torch.Tensor, batch: int) -> torch.Tensor:
-    _, heads, _, head_dim = blocks.shape
-    return blocks.transpose(1, 2).reshape(batch, -1, heads, head_dim).transpose(1, 2)
+def _from_blocks(blocks: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The opposite, a view if blocks follow each other."""
+    batch, heads, length, head_dim = shape
+    stride_z, stride_h, stride_n, _ = blocks.stride()
+    if stride_z != blocks.shape[2] * stride_n:
+        return blocks.transpose(1, 2).reshape(batch, length, heads, head_dim).transpose(1, 2)
+    return blocks.as_strided(shape, (length * stride_n, stride_h, stride_n, 1))

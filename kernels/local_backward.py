@@ -24,6 +24,7 @@ from muse_hf.kernels.common import (
 )
 from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.layout import Layout, tile_of_block
+from muse_hf.kernels.replay import fill
 
 _QUERY_LAUNCH = {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 128}
 _WIDE_QUERY_LAUNCH = {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
@@ -233,8 +234,10 @@ def local_backward(
         query_parts, key_parts: Where parts of gradients lie, and those (heads, points, D) of queries, and of
             keys and values. Without them, the gradients are those through the blocks alone.
     """
-    new = torch.empty_like if layout.outside is None else torch.zeros_like
-    grads = tuple(new(tensor) for tensor in (query, key, value))
+    grads = tuple(torch.empty_like(tensor) for tensor in (query, key, value))
+    if layout.outside is not None:
+        for tensor in grads:
+            fill(tensor, 0)
     heads, kv_heads, head_dim = query.shape[1], key.shape[1], query.shape[3]
     read = query, key, value, grad
     strides = [stride for tensor in read for stride in tensor.stride()[:3]]

@@ -5,7 +5,8 @@ from functools import wraps
 from typing import Any
 
 import torch
-from muse_hf.kernels.common import shared_memory_of
+from muse_hf.kernels.common import capability_of, shared_memory_of
+from muse_hf.kernels.replay import Repeated, Saved, copy
 from torch.autograd.function import once_differentiable
 from triton import knobs
 
@@ -22,7 +23,7 @@ def reason_against_inputs(query: torch.Tensor) -> str | None:
         return "they do not compute in float64"
     if not query.is_cuda and not _INTERPRETED:
         return f"they need a CUDA device, the inputs are on {query.device.type!r}"
-    if query.is_cuda and torch.cuda.get_device_capability(query.device) < (8, 0):
+    if query.is_cuda and capability_of(query.device) < (8, 0):
         return "they need compute capability 8.0 or newer"
     if query.shape[3] > LARGEST_HEAD_DIM:
         return f"head_dim {query.shape[3]} is larger than {LARGEST_HEAD_DIM}"
@@ -49,15 +50,15 @@ class AttentionOp:
     """Attention made of a forward and a backward function, differentiable in query, key and value.
 
     Under torch.compile both are custom operators, single nodes of the graph whatever they launch. Calling
-    these costs the host a millisecond, so that without a compiler an autograd.Function calls the same code.
+    these costs the host a millisecond, so that without a compiler an autograd.Function does the same.
 
     Args:
         name: Of the operators, "namespace::name".
-        forward: (query, key, value, *settings) -> [output, logsumexp as kernels index it, logsumexp (B, H, N)
-            as users do, *saved]. No two results may share memory.
+        forward: (query, key, value, *settings) -> [output, logsumexp (B, H, N), *saved]. No two results may
+            share memory. This and `backward` keep to what `Repeated` says, or cost the host more.
         fake: The same for shapes, dtypes and strides only.
-        backward: (grad, query, key, value, output, logsumexp, saved, *the first settings) -> the gradients of
-            query, key and value, laid out like them.
+        backward: (grad, query, key, value, output, saved, *the first settings) -> the gradients of query, key
+            and value, laid out like them.
         num_kept: How many of the settings the backward pass takes.
     """
 
@@ -69,49 +70,63 @@ class AttentionOp:
         backward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
         num_kept: int,
     ):
-        forward, backward = _on_its_device(forward), _on_its_device(backward)
-        self.operator = torch.library.custom_op(name, forward, mutates_args=())
+        run_forward = _on_its_device(Repeated(forward, num_shown=2))
+        run_whole_forward = _on_its_device(Repeated(forward))
+        run_backward = _on_its_device(Repeated(backward))
+
+        @wraps(forward)
+        def forward_operator(*inputs: Any) -> list[torch.Tensor]:
+            return run_whole_forward(*inputs)[0]
+
+        @wraps(backward)
+        def backward_operator(grad, query, key, value, output, saved, *settings: Any) -> tuple:
+            return tuple(run_backward(grad, query, key, value, output, Saved(saved), *settings)[0])
+
+        self.operator = torch.library.custom_op(name, forward_operator, mutates_args=())
         self.operator.register_fake(fake)
-        backward_operator = torch.library.custom_op(f"{name}_backward", backward, mutates_args=())
+        backward_operator = torch.library.custom_op(f"{name}_backward", backward_operator, mutates_args=())
         backward_operator.register_fake(_fake_gradients)
 
-        def save(ctx: Any, inputs: tuple, output: list[torch.Tensor]) -> None:
-            merged, lse, _, *saved = output
-            ctx.save_for_backward(*inputs[:3], merged, lse, *saved)
-            ctx.kept, ctx.num_settings = inputs[3 : 3 + num_kept], len(inputs) - 3
+        def save(ctx: Any, inputs: tuple, output: torch.Tensor, saved: Saved) -> None:
+            ctx.save_for_backward(*inputs[:3], output, *saved.buffers)
+            ctx.packing, ctx.kept, ctx.num_settings = saved.packing, inputs[3 : 3 + num_kept], len(inputs) - 3
             ctx.set_materialize_grads(False)
 
         def gradients(ctx: Any, grad: torch.Tensor | None, run: Callable) -> tuple:
+            settings = (None,) * ctx.num_settings
             if grad is None:
-                return (None,) * (3 + ctx.num_settings)
-            query, key, value, output, lse, *saved = ctx.saved_tensors
-            shares = run(grad, query, key, value, output, lse, saved, *ctx.kept)
-            return *shares, *(None,) * ctx.num_settings
+                return None, None, None, *settings
+            query, key, value, output, *buffers = ctx.saved_tensors
+            shares = run(grad, query, key, value, output, Saved(buffers, ctx.packing), *ctx.kept)
+            return *shares, *settings
+
+        def run_operator(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            return backward_operator(*(x.buffers if isinstance(x, Saved) else x for x in inputs))
 
         self.operator.register_autograd(
-            lambda ctx, grads: gradients(ctx, grads[0], backward_operator), setup_context=save
+            lambda ctx, grads: gradients(ctx, grads[0], run_operator),
+            setup_context=lambda ctx, inputs, output: save(ctx, inputs, output[0], Saved(output[2:])),
         )
 
         class Function(torch.autograd.Function):
             @staticmethod
             def forward(ctx, *inputs):
-                results = forward(*inputs)
-                save(ctx, inputs, results)
-                output, _, lse, *_ = results
+                (output, lse), saved = run_forward(*inputs)
+                save(ctx, inputs, output, saved)
                 ctx.mark_non_differentiable(lse)
                 return output, lse
 
             @staticmethod
             @once_differentiable
             def backward(ctx, grad, _):
-                return gradients(ctx, grad, backward)
+                return gradients(ctx, grad, lambda *inputs: run_backward(*inputs)[0])
 
         self.function = Function
 
     def __call__(self, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Output, which records a gradient, and logsumexp (B, H, N), which does not."""
         if torch.compiler.is_compiling():
-            output, _, lse, *_ = self.operator(*inputs)
+            output, lse, *_ = self.operator(*inputs)
             return output, lse.detach()
         return self.function.apply(*inputs)
 
@@ -137,4 +152,7 @@ def _fake_gradients(grad, query, key, value, *_):
 def laid_out_like(share: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """A gradient with the strides that its fake promises, those that library kernels choose as a rule."""
     promised = torch.empty_like(tensor)
-    return share if share.stride() == promised.stride() else promised.copy_(share)
+    if share.stride() == promised.stride():
+        return share
+    copy(share, promised)
+    return promised

@@ -16,6 +16,7 @@ from muse_hf.kernels.clustering import Clusters
 from muse_hf.kernels.common import LOG2_E, choose_launch, load_rows, power_of_two, store_rows, token_strides
 from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.layout import Layout
+from muse_hf.kernels.local import Local
 from muse_hf.kernels.selection import keep_largest, number_of_bits, take_first, threshold_of
 from muse_hf.kernels.summaries import TILE, load_summaries, rows_at, summary_logits
 
@@ -129,7 +130,7 @@ def _forward_kernel(
     query, key_mean, value_mean, key_variance, log_mass, block_start, block_length, first_cluster, num_seen,
     local, local_lse, output, lse, chosen,
     stride_qb, stride_qh, stride_qn, stride_lb, stride_lh, stride_ln, stride_ob, stride_oh, stride_on,
-    length, num_tokens, num_clusters, num_retrieved, threshold, scale,
+    length, lse_stride_h, lse_stride_s, num_tokens, num_clusters, num_retrieved, threshold, scale,
     GROUP_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr, WORDS: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
@@ -141,7 +142,8 @@ def _forward_kernel(
         rows = tile * BLOCK_Q + tl.arange(0, BLOCK_Q)
         inside = rows < block_rows
         seen = tl.load(num_seen + block)
-        tokens = tl.load(block_start + block) + rows
+        start = tl.load(block_start + block)
+        tokens = start + rows
         row = head.to(tl.int64) * num_tokens + tokens
         q = load_rows(query, tokens, inside, head, stride_qb, stride_qh, stride_qn, length, HEAD_DIM, BLOCK_D)
         scaled = q.to(tl.float32) * scale
@@ -154,7 +156,8 @@ def _forward_kernel(
         mass_at = log_mass + clusters
 
         # The local part starts the sum: every query attends to itself, so its logsumexp is finite.
-        local_top = tl.load(local_lse + row, mask=inside, other=0) * LOG2_E
+        local_lse += head.to(tl.int64) * lse_stride_h + start.to(tl.int64) * lse_stride_s
+        local_top = tl.load(local_lse + rows, mask=inside, other=0) * LOG2_E
         least = tl.full([BLOCK_Q, BLOCK_J], -float("inf"), tl.float32)
         largest, kept = least, (least, least, least, least)
         # The largest of all logits, and with a THRESHOLD the sum of all weights relative to it; base 2.
@@ -207,13 +210,13 @@ def num_words(max_seen: int, num_retrieved: int) -> int:
 
 
 def refine(
-    query: torch.Tensor, clusters: Clusters, layout: Layout, local: torch.Tensor, local_lse: torch.Tensor,
-    output: torch.Tensor, lse: torch.Tensor, scale: float, num_retrieved: int, threshold: float, block: int,
+    query: torch.Tensor, clusters: Clusters, layout: Layout, local: Local, output: torch.Tensor,
+    lse: torch.Tensor, scale: float, num_retrieved: int, threshold: float, block: int,
 ) -> torch.Tensor:  # fmt: skip
     """Merge the local part and the summaries that are not retrieved into output and lse.
 
     Args:
-        query, local, output: (B, H, N, D). local_lse, lse: (H, B * N) float32.
+        query, output: (B, H, N, D). lse: (H, B * N) float32.
 
     Returns:
         (H, B * N, WORDS) int32, a bit for every cluster that a query sees: set if it is to be retrieved.
@@ -226,8 +229,9 @@ def refine(
     launch(
         _forward_kernel, (ceil_div(block, settings["BLOCK_Q"]), heads, layout.block_start.shape[0]),
         query, clusters.key_mean, clusters.value_mean, clusters.key_variance, clusters.log_mass,
-        *layout.query_blocks, local, local_lse, output, lse, chosen, *token_strides(query, local, output),
-        batch * length, clusters.count.shape[1], num_retrieved, threshold, scale,
+        *layout.query_blocks, local.output, local.lse, output, lse, chosen,
+        *token_strides(query, local.output, output), local.stride_h, local.stride_s, batch * length,
+        clusters.count.shape[1], num_retrieved, threshold, scale,
         GROUP_HEADS=heads // clusters.count.shape[0], HEAD_DIM=head_dim, BLOCK_D=power_of_two(head_dim),
         STEPS=28 if query.dtype == torch.float32 else 16, WORDS=words, THRESHOLD=words > 0 and threshold > 0,
         **settings,

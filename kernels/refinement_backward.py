@@ -11,6 +11,7 @@ from muse_hf.kernels.clustering import Clusters
 from muse_hf.kernels.common import LOG2_E, choose_launch, load_rows, power_of_two, store_rows, token_strides
 from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.layout import Layout
+from muse_hf.kernels.replay import library_call
 from muse_hf.kernels.summaries import TILE, is_chosen, load_summaries, rows_at, summary_logits
 
 # Programs that the gradients of summaries are spread over, so that the whole device is busy.
@@ -154,7 +155,13 @@ def summary_backward(
         *parts.unbind(), *token_strides(query, grad), *_sizes(query, clusters), kv_heads, splits, scale,
         block, clusters_per_block, **_tiles(query, clusters, chosen), **settings,
     )  # fmt: skip
-    return parts.sum(1).unbind()
+    (total,) = _sum_of_parts(parts)
+    return total.unbind()
+
+
+@library_call
+def _sum_of_parts(parts: torch.Tensor) -> tuple[torch.Tensor]:
+    return (parts.sum(1),)
 
 
 def _sizes(query: torch.Tensor, clusters: Clusters) -> tuple[int, int]:

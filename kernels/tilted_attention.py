@@ -22,6 +22,7 @@ from muse_hf.kernels.operators import (
     reason_against_local_blocks,
 )
 from muse_hf.kernels.point_sets import PointSet, PointSets, point_sets, sizes_of
+from muse_hf.kernels.replay import copy
 from muse_hf.kernels.tilted_refinement import refine, refine_backward
 from muse_hf.kernels.tilted_summaries import Summaries, summarise
 from muse_hf.kernels.tilted_summaries_backward import summaries_backward
@@ -119,7 +120,7 @@ def forward(
     kmeans_iters: int,
     dipole: bool,
 ) -> list[torch.Tensor]:
-    """Output, logsumexp as kernels and as users index it, and what else the backward pass needs.
+    """Output, logsumexp, and what the backward pass needs; first the logsumexp as kernels index it.
 
     Args:
         sequences: First token id and length of each in turn; none for acausal attention.
@@ -138,13 +139,14 @@ def forward(
     if levels is None:
         output = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
         refine(query, sets, groups, centroids, summaries, _rows_of(output), part_lse, scale)
-        row_lse = part_lse.view(heads, batch, length).transpose(0, 1).clone()
-        results = [output, part_lse, row_lse]
+        row_lse = part_lse.new_empty(batch, heads, length)
+        copy(part_lse.view(heads, batch, length).transpose(0, 1), row_lse)
+        results = [output, row_lse, part_lse]
     else:
         parts = query.new_empty(heads, sets.num_query_points, head_dim)
         refine(query, sets, groups, centroids, summaries, parts, part_lse, scale)
         local = local_forward(query, key, value, levels.layout, scale, block)
-        results = [*merge_levels(levels, block, *local, parts, part_lse), part_lse]
+        results = [*merge_levels(levels, block, local, parts, part_lse), part_lse]
     return [*results, centroids, members, held, *groups, *(x for x in summaries if x is not None)]
 
 
@@ -166,8 +168,8 @@ def fake(query, key, value, scale, sequences, block, clusters, capacities, own, 
     def vectors(*shape: int) -> torch.Tensor:
         return new(*shape, head_dim, dtype=query.dtype)
 
-    results = [vectors(batch, length, heads).transpose(1, 2), log(heads, batch * length)]
-    results += [log(batch, heads, length)]
+    results = [vectors(batch, length, heads).transpose(1, 2), log(batch, heads, length)]
+    results += [log(heads, batch * length)]
     results += [log(heads, sizes.num_query_points)] if sequences else []
     results += [vectors(heads, sizes.num_rows), new(kv_heads, sizes.num_slots)]
     results += [new(kv_heads, sizes.num_key_rows), new(heads, sizes.num_points)]
@@ -186,7 +188,6 @@ def backward(
     key: torch.Tensor,
     value: torch.Tensor,
     output: torch.Tensor,
-    lse: torch.Tensor,
     saved: list[torch.Tensor],
     scale: float,
     sequences: Sequence[int],
@@ -195,9 +196,9 @@ def backward(
     capacities: Sequence[int],
     own: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key and value. `saved` is what `forward` returns behind the logsumexp."""
+    """Gradients of query, key and value. `saved` is what `forward` returns behind output and logsumexp."""
     sets, levels = _levels(query, key, sequences, block, clusters, capacities, own)
-    part_lse, saved = (lse, saved) if levels is None else (saved[0], saved[1:])
+    lse, part_lse, *saved = saved if sequences else (saved[0], *saved)
     centroids, members, held, *saved = saved
     groups, summaries = Groups(*saved[:3]), Summaries(*saved[3:])
     grad = addressable(grad, block)

@@ -12,6 +12,7 @@ import triton.language as tl
 from muse_hf.kernels.common import load_tokens, power_of_two
 from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.point_sets import CLUSTERS, FIRST_PAIR, FIRST_ROW, PointSets, set_field
+from muse_hf.kernels.replay import fill
 
 # Clusters in a tile. Programs that share the mixing of matrices, and numbers mixed at once.
 _TILE, _PARTS, _MIXED = 64, 8, 64
@@ -186,9 +187,9 @@ def mix_gradients(
     """
     heads, head_dim = log_mass.shape[0], covariance.shape[3]
     grad_covariance = covariance.new_empty(heads, sets.num_key_rows, head_dim, head_dim)
-    # Several tiles add up in memory.
-    new = log_mass.new_empty if sets.max_clusters <= _TILE else log_mass.new_zeros
-    products = new(_PARTS, *log_mass.shape)
+    products = log_mass.new_empty(_PARTS, *log_mass.shape)
+    if sets.max_clusters > _TILE:  # several tiles add up in memory
+        fill(products, 0)
     num_parts = _mix(
         sets, log_mass, log_total, held, grad_dipole, grad_covariance, covariance, products, TO_KEYS=True
     )

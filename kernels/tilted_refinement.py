@@ -33,6 +33,7 @@ from muse_hf.kernels.point_sets import (
     PointSets,
     set_field,
 )
+from muse_hf.kernels.replay import copy
 from muse_hf.kernels.tilted_summaries import Summaries
 from muse_hf.kernels.tilted_summaries_backward import SummaryGradients
 
@@ -360,7 +361,7 @@ def refine_backward(
         **backward_tiles, **(_BACKWARD_REGISTERS if narrow else {}),
     )  # fmt: skip
     if not one_tile:
-        grad_query.copy_(sums)
+        copy(sums, grad_query)
     if dipole:
         parts = ceil_div(tiles["HEAD_DIM"], tiles["BLOCK_E"])
         launch(

@@ -8,7 +8,7 @@ lies in one workspace, where tensors that are not needed at the same time share 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -53,9 +53,10 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """How tensors lie in buffers."""
+    """How tensors lie in one buffer."""
 
     places: tuple[tuple[Place, Look], ...]
+    num_bytes: int
 
 
 class Saved(NamedTuple):
@@ -69,6 +70,27 @@ class Saved(NamedTuple):
         if self.packing is None:
             return self.buffers
         return [place.tensor(self.buffers, look) for place, look in self.packing.places]
+
+    @staticmethod
+    def packed(tensors: list[torch.Tensor], device: torch.device) -> "Saved":
+        """Copies of tensors: before there is a replay too, checkpointing has to find the buffers of one."""
+        packing = packing_of(
+            tuple((_look_of(tensor), tensor.untyped_storage().nbytes()) for tensor in tensors)
+        )
+        saved = Saved([torch.empty(packing.num_bytes, dtype=torch.uint8, device=device)], packing)
+        for target, tensor in zip(saved.tensors(), tensors):
+            target.copy_(tensor)
+        return saved
+
+
+@lru_cache(maxsize=1 << 8)
+def packing_of(tensors: tuple[tuple[Look, int], ...]) -> Packing:
+    """The one packing of tensors of such looks, and bytes, one after the other."""
+    offsets, end = [], 0
+    for _, size in tensors:
+        offsets.append(end)
+        end += _aligned(size)
+    return Packing(tuple((Place(0, offset), look) for offset, (look, _) in zip(offsets, tensors)), end)
 
 
 class Repeated:
@@ -111,7 +133,7 @@ class Repeated:
             if len(self.recordings) > _MOST_RECORDINGS:
                 del self.recordings[next(iter(self.recordings))]
         shown = list(results[: self.num_shown])
-        return shown, Saved(list(results[len(shown) :]))
+        return shown, Saved.packed(results[len(shown) :], tensors[0].device)
 
 
 def library_call(function: Callable) -> Callable:
@@ -166,20 +188,18 @@ class Recording:
         steps: In their order. Buffers are numbered: none, inputs, those that are allocated, the buffer of
             packed results, the workspace, results of library calls.
         allocated: What is allocated to be shown.
-        packed_bytes, workspace_bytes: Sizes of these buffers.
+        packing: How the buffer of packed results holds them.
+        workspace_bytes: Size of this buffer.
         shown: Numbers of the results that are shown.
-        holders, packing: Numbers of the buffers that hold the other results, and how they do it.
         constants: Tensors that are there for good.
     """
 
     device: torch.device
     steps: list[_Call | _Launch]
     allocated: list[Look]
-    packed_bytes: int
+    packing: Packing
     workspace_bytes: int
     shown: list[int]
-    holders: list[int]
-    packing: Packing
     constants: list[torch.Tensor]
 
     def replay(self, inputs: list[torch.Tensor]) -> tuple[list[torch.Tensor], Saved]:
@@ -188,8 +208,11 @@ class Recording:
         buffers = [None, *inputs]
         for shape, stride, dtype in self.allocated:
             buffers.append(torch.empty_strided(shape, stride, dtype=dtype, device=device))
-        for size in (self.packed_bytes, self.workspace_bytes):
-            buffers.append(torch.empty(size, dtype=torch.uint8, device=device))
+        packed, workspace = (
+            torch.empty(size, dtype=torch.uint8, device=device)
+            for size in (self.packing.num_bytes, self.workspace_bytes)
+        )
+        buffers += packed, workspace
         starts = [0, *[tensor.data_ptr() for tensor in buffers[1:]]]
         stream = current_stream(device.index)
         for step in self.steps:
@@ -202,8 +225,7 @@ class Recording:
                 addresses = [starts[buffer] + offset for buffer, offset in places]
                 run(x, y, z, stream, function, metadata, None, None, None, *addresses, *others)
         keep_if_captured(self)
-        saved = Saved([buffers[number] for number in self.holders], self.packing)
-        return [buffers[number] for number in self.shown], saved
+        return [buffers[number] for number in self.shown], Saved([packed], self.packing)
 
 
 def _argument(arg: Any, buffers: list[torch.Tensor]) -> Any:
@@ -310,15 +332,22 @@ class _Watch(TorchDispatchMode):
         return Place(number, arg.data_ptr() - self.buffers[number].start)
 
     def recording(self, results: list[torch.Tensor], num_shown: int | None) -> Recording | None:
-        """How to repeat it, if possible: each result has to begin a buffer of its own that is no input."""
+        """How to repeat it, if possible.
+
+        Each result has to begin a buffer of its own that is no input nor, if it is to be packed, comes from a
+        call.
+        """
         places, looks = [self._place_of(result) for result in results], [_look_of(x) for x in results]
         numbers = [place.buffer for place in places]
-        are_buffers = min(numbers) > self.num_inputs and len(set(numbers)) == len(numbers)
-        if not self.repeatable or not are_buffers or any(place.offset for place in places):
-            return None
         shown, saved = numbers[:num_shown], numbers[len(numbers[:num_shown]) :]
+        are_buffers = min(numbers) > self.num_inputs and len(set(numbers)) == len(numbers)
+        are_buffers &= not any(place.offset for place in places) and not set(saved) & set(self.called)
+        if not self.repeatable or not are_buffers:
+            return None
         allocated = [number for number in shown if number not in self.called]
-        packed, packed_bytes = _side_by_side({n: self.buffers[n].size for n in saved if n not in self.called})
+        packing = packing_of(
+            tuple((look, self.buffers[number].size) for number, look in zip(saved, looks[len(shown) :]))
+        )
         workspace, workspace_bytes = _in_turn(
             {
                 number: (self.buffers[number].size, life)
@@ -329,20 +358,16 @@ class _Watch(TorchDispatchMode):
         # From here on buffers have the numbers that `Recording` gives them.
         whole = [*range(self.num_inputs + 1), *allocated]
         moved = {number: Place(i, 0) for i, number in enumerate(whole)}
-        moved |= {number: Place(len(whole), offset) for number, offset in packed.items()}
+        moved |= {n: Place(len(whole), place.offset) for n, (place, _) in zip(saved, packing.places)}
         moved |= {number: Place(len(whole) + 1, offset) for number, offset in workspace.items()}
         moved |= {number: Place(len(whole) + 2 + i, 0) for i, number in enumerate(self.called)}
-        holders = [len(whole), *(moved[number].buffer for number in saved if number in self.called)]
-        saved = [Place(holders.index(moved[n].buffer), moved[n].offset) for n in saved]
         return Recording(
             device=self.device,
             steps=[_moved(step, moved) for step in self.steps],
             allocated=[look for number, look in zip(numbers, looks) if number in allocated],
-            packed_bytes=packed_bytes,
+            packing=packing,
             workspace_bytes=workspace_bytes,
             shown=[moved[number].buffer for number in shown],
-            holders=holders,
-            packing=Packing(tuple(zip(saved, looks[len(shown) :]))),
             constants=self.constants,
         )
 
@@ -356,17 +381,12 @@ class _Watch(TorchDispatchMode):
         return lives
 
 
-def _side_by_side(sizes: dict[int, int]) -> tuple[dict[int, int], int]:
-    """Offsets of buffers of as many bytes, and the bytes of all."""
-    offsets, end = {}, 0
-    for number, size in sizes.items():
-        offsets[number] = end
-        end += _aligned(size)
-    return offsets, end
-
-
 def _in_turn(buffers: dict[int, tuple[int, range]]) -> tuple[dict[int, int], int]:
-    """The same for buffers that share memory where their lives allow it."""
+    """Offsets of buffers that share memory where their lives allow it, and the bytes of all.
+
+    Args:
+        buffers: Size and life of each.
+    """
     offsets, placed = {}, []
     for number, (size, life) in sorted(buffers.items(), key=lambda item: -item[1][0]):
         offset = 0

@@ -103,10 +103,15 @@ class AttentionOp:
         def run_operator(*inputs: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             return backward_operator(*(x.buffers if isinstance(x, Saved) else x for x in inputs))
 
-        self.operator.register_autograd(
-            lambda ctx, grads: gradients(ctx, grads[0], run_operator),
-            setup_context=lambda ctx, inputs, output: save(ctx, inputs, output[0], Saved(output[2:])),
-        )
+        def setup_context(ctx: Any, inputs: tuple, output: list[torch.Tensor]) -> None:
+            save(ctx, inputs, output[0], Saved(output[2:]))
+            # PyTorch takes an empty list for one of tensors.
+            ctx.no_gradients = [[] if setting == [] else None for setting in inputs[3:]]
+
+        def operator_gradients(ctx: Any, grads: list[torch.Tensor | None]) -> tuple:
+            return *gradients(ctx, grads[0], run_operator)[:3], *ctx.no_gradients
+
+        self.operator.register_autograd(operator_gradients, setup_context=setup_context)
 
         class Function(torch.autograd.Function):
             @staticmethod
@@ -137,7 +142,6 @@ def _on_its_device(function: Callable) -> Callable:
     Triton compiles and launches for the current device, whatever device its tensors are on.
     """
 
-    @wraps(function)
     def on_its_device(tensor: torch.Tensor, *others: Any) -> Any:
         with torch.cuda.device_of(tensor):
             return function(tensor, *others)

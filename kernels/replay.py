@@ -9,6 +9,7 @@ lies in one workspace, where tensors that are not needed at the same time share 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, wraps
+from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
@@ -69,7 +70,9 @@ class Saved(NamedTuple):
         """One by one."""
         if self.packing is None:
             return self.buffers
-        return [place.tensor(self.buffers, look) for place, look in self.packing.places]
+        # What users do with saved tensors may have moved them to an odd place.
+        buffers = [buffer.clone() if buffer.data_ptr() % 16 else buffer for buffer in self.buffers]
+        return [place.tensor(buffers, look) for place, look in self.packing.places]
 
     @staticmethod
     def packed(tensors: list[torch.Tensor], device: torch.device) -> "Saved":
@@ -106,6 +109,7 @@ class Repeated:
         self.function, self.num_shown = function, num_shown
         # By kind of the inputs: a recording, that the function was seen once, or None if it is not repeated.
         self.recordings: dict[tuple, Any] = {}
+        self.lock = Lock()  # devices have threads of their own for the backward pass
 
     def __call__(self, *args: Any) -> tuple[list[torch.Tensor], Saved]:
         tensors, kind = [], []
@@ -126,14 +130,20 @@ class Repeated:
             return recording.replay(tensors)
         args = [arg.tensors() if isinstance(arg, Saved) else arg for arg in args]
         if recording is _SEEN_ONCE and len({*map(id, tensors)}) == len(tensors):
-            results, self.recordings[kind] = _watch(self.function, args, tensors, self.num_shown)
+            results, found = _watch(self.function, args, tensors, self.num_shown)
+            self._keep(kind, found)
         else:
             results = self.function(*args)
-            self.recordings.setdefault(kind, _SEEN_ONCE)
-            if len(self.recordings) > _MOST_RECORDINGS:
-                del self.recordings[next(iter(self.recordings))]
+            if kind not in self.recordings:
+                self._keep(kind, _SEEN_ONCE)
         shown = list(results[: self.num_shown])
         return shown, Saved.packed(results[len(shown) :], tensors[0].device)
+
+    def _keep(self, kind: tuple, found: Any) -> None:
+        with self.lock:
+            self.recordings[kind] = found
+            if len(self.recordings) > _MOST_RECORDINGS:
+                del self.recordings[next(iter(self.recordings))]
 
 
 def library_call(function: Callable) -> Callable:
@@ -288,7 +298,9 @@ class _Watch(TorchDispatchMode):
             self._add(result)
         elif not self.is_paused:
             views = result if isinstance(result, (list, tuple)) else [result]
-            are_views = all(isinstance(x, torch.Tensor) and _storage_of(x) in self.owner_of for x in views)
+            # A copy may get the storage of what is gone by now: only that of an argument makes it a view.
+            viewed = {_storage_of(arg) for arg in args if isinstance(arg, torch.Tensor)} & {*self.owner_of}
+            are_views = all(isinstance(x, torch.Tensor) and _storage_of(x) in viewed for x in views)
             self.repeatable &= are_views and not op._schema.is_mutable
             if self.repeatable and (number := self.input_of.get(id(args[0]))):
                 self.views_of_inputs += views
@@ -334,15 +346,20 @@ class _Watch(TorchDispatchMode):
     def recording(self, results: list[torch.Tensor], num_shown: int | None) -> Recording | None:
         """How to repeat it, if possible.
 
-        Each result has to begin a buffer of its own that is no input nor, if it is to be packed, comes from a
-        call.
+        Each result has to fill a buffer of its own that is no input, or to begin what comes from a call, but
+        that is not packed.
         """
         places, looks = [self._place_of(result) for result in results], [_look_of(x) for x in results]
         numbers = [place.buffer for place in places]
         shown, saved = numbers[:num_shown], numbers[len(numbers[:num_shown]) :]
-        are_buffers = min(numbers) > self.num_inputs and len(set(numbers)) == len(numbers)
-        are_buffers &= not any(place.offset for place in places) and not set(saved) & set(self.called)
-        if not self.repeatable or not are_buffers:
+        if not self.repeatable or min(numbers) <= self.num_inputs or len(set(numbers)) < len(numbers):
+            return None
+        are_whole = all(
+            place.offset == 0
+            and (place.buffer in self.called or result.nbytes == self.buffers[place.buffer].size)
+            for place, result in zip(places, results)
+        )
+        if not are_whole or set(saved) & set(self.called):
             return None
         allocated = [number for number in shown if number not in self.called]
         packing = packing_of(

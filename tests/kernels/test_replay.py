@@ -188,6 +188,40 @@ def test_other_operations_are_made_every_time():
     assert [*repeated.recordings.values()] == [None]
 
 
+def test_a_copy_in_the_storage_of_what_is_gone_is_no_view():
+    def function(x, y):
+        for _ in range(3):  # until an address is used again
+            passing = torch.empty_like(x)
+            launch(_add_kernel, (1,), x, y, None, passing, 0.0, BLOCK=16)
+            del passing
+            total = x.view(4, 4).t().reshape(16)
+        result = torch.empty_like(x)
+        launch(_add_kernel, (1,), total, y, None, result, 0.0, BLOCK=16)
+        return [result]
+
+    repeated = Repeated(function)
+    for _ in range(4):
+        x, y = torch.randn(2, 16)
+        ((result,), _) = repeated(x, y)
+        assert torch.equal(result, x.view(4, 4).t().flatten() + y)
+    assert [*repeated.recordings.values()] == [None]
+
+
+def test_a_part_of_a_buffer_is_no_result_to_repeat():
+    def function(x, y):
+        whole = x.new_empty(32)
+        launch(_add_kernel, (1,), x, y, None, whole[16:], 0.0, BLOCK=16)
+        launch(_add_kernel, (1,), x, y, None, whole, 0.0, BLOCK=16)
+        return [whole[:16]]
+
+    repeated = Repeated(function)
+    for _ in range(4):
+        x, y = torch.randn(2, 16)
+        ((result,), _) = repeated(x, y)
+        assert torch.equal(result, x + y)
+    assert [*repeated.recordings.values()] == [None]
+
+
 def test_inputs_of_another_kind_are_another_case():
     repeated, memory = Repeated(_sum, num_shown=1), torch.randn(3, 17)
     for x in (memory[0, :16], memory[0, 1:], memory[0, :16]):

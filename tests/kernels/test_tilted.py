@@ -100,20 +100,22 @@ def test_operators_are_declared_rightly(is_causal):
     torch.library.opcheck(tilted_attention.OP.operator, arguments, test_utils=tests)
 
 
-def test_compiled_in_one_graph_and_checkpointed():
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_compiled_in_one_graph_and_checkpointed(is_causal):
     tensors = inputs(queries=34, keys=34)[:3]
-    compiled = torch.compile(square_sum, fullgraph=True, backend="aot_eager")
-    checkpointed = partial(checkpoint, square_sum, use_reentrant=False)
+    plain = partial(square_sum, is_causal=is_causal)
+    compiled = torch.compile(plain, fullgraph=True, backend="aot_eager")
+    checkpointed = partial(checkpoint, plain, use_reentrant=False)
     gradients = []
-    for function in (square_sum, compiled, checkpointed):
+    for function in (plain, compiled, checkpointed):
         leaves = [tensor.detach().requires_grad_() for tensor in tensors]
         gradients.append(torch.autograd.grad(function(*leaves), leaves))
-    for name, plain, *others in zip(NAMES[2:], *gradients):
-        assert all(torch.equal(plain, other) for other in others), name
+    for name, expected, *others in zip(NAMES[2:], *gradients):
+        assert all(torch.equal(expected, other) for other in others), name
 
 
-def square_sum(query, key, value):
-    return muse_attention(query, key, value, is_causal=True, config=SMALL).square().sum()
+def square_sum(query, key, value, is_causal):
+    return muse_attention(query, key, value, is_causal=is_causal, config=SMALL).square().sum()
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def _cases(shape: Shape, lengths: list[int], *configs: MuseConfig) -> list[Case]
 
 
 _DEFAULT = MuseConfig()
-# How many clusters pass the threshold is a matter of the inputs: none of random ones, never more than here.
+# How many clusters pass the threshold is a matter of the inputs, but never more than without one.
 _ALL_RETRIEVED = _DEFAULT.replace(retrieval_threshold=0.0)
 _PAPER = MuseConfig.paper(local_block=1024)
 _PAPER_LONG = MuseConfig.paper(local_block=4096)

@@ -1,6 +1,6 @@
 """Which setting of MuSe? Every setting's attention time and loss on one model and text, at several lengths.
 
-Without arguments it makes a small model from Python's standard library and takes about two minutes on two
+Without arguments it makes a small model from Python's standard library and takes a few minutes on two
 cores. Of your own model, with text that it was not trained on:
 
     python examples/compare_settings.py --model path/to/model --text folder \\

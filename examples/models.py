@@ -95,7 +95,9 @@ def config_from_checkpoint(checkpoint: str, vocab_size: int, context_length: int
             f"the model {checkpoint!r} has learned {config.n_positions} positions, fewer than a "
             f"--context_length of {context_length}."
         )
-    vars(config).pop("muse", None)  # the setting of a MuSe model; this run's own, if any, comes by `use_muse`
+    vars(config).pop(
+        "muse", None
+    )  # the setting of a MuSe model; this run's own, if any, comes by `set_attention`
     return config
 
 
@@ -110,7 +112,7 @@ def build_model(checkpoint: str | None, config: PretrainedConfig) -> PreTrainedM
     return model
 
 
-def check_model(config: PretrainedConfig, layers: str, muse_config: Any) -> None:
+def check_model(config: PretrainedConfig, layers: str, muse_config: Any, compiled: bool) -> None:
     """Try without weights whether a model can be trained, so that nothing has to be trained to find out.
 
     Raises:
@@ -119,8 +121,7 @@ def check_model(config: PretrainedConfig, layers: str, muse_config: Any) -> None
     try:
         with torch.device("meta"):
             model = build_model(None, config)
-        if muse_config is not None:
-            use_muse(model, layers, muse_config)
+        set_attention(model, layers, muse_config, compiled)
     except ValueError as error:
         reason = str(error).split("\n")[0].split(". ")[0].rstrip(".")
         raise UsageError(f"this model cannot be trained: {reason}.") from error
@@ -145,22 +146,19 @@ def muse_layers(text: str) -> str | list[int]:
         raise UsageError(f"--layers {text!r} must be all, central, or layer numbers such as 2,3.") from None
 
 
-def use_muse(model: PreTrainedModel, layers: str, config: Any) -> None:
-    """Replace exact attention in the layers that --layers names."""
-    import muse_hf
+def set_attention(model: PreTrainedModel, layers: str, muse_config: Any, compiled: bool) -> None:
+    """Replace exact attention in the layers that --layers names, if there is a setting of MuSe.
 
-    muse_hf.patch_model(model, layers=muse_layers(layers), config=config)
-
-
-def use_exact_outside_graph(model: PreTrainedModel) -> None:
-    """Let all layers attend exactly in the way of MuSe layers: outside the graph of `torch.compile`.
-
-    In the graph Transformers masks causal attention by a tensor of context_length x context_length, with
-    which the fast kernels do not serve.
+    A model that is to be compiled attends exactly as layers without MuSe do beside others: outside the graph.
+    Inside, Transformers masks causal attention by a tensor of context_length x context_length, with which the
+    fast kernels do not serve.
     """
     import muse_hf
 
-    muse_hf.patch_model(model, layers=[])
+    if muse_config is not None:
+        muse_hf.patch_model(model, layers=muse_layers(layers), config=muse_config)
+    elif compiled:
+        muse_hf.patch_model(model, layers=[])
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

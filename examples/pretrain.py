@@ -67,7 +67,7 @@ from corpus import (
     training_windows,
 )
 from losses import check_chunked_loss, use_chunked_loss
-from models import build_model, check_model, model_config, parameter_groups, use_exact_outside_graph, use_muse
+from models import build_model, check_model, model_config, parameter_groups, set_attention
 from plugin import muse_hf  # noqa: F401
 from pretrain_arguments import Arguments, DataArguments, RunArguments, parse_arguments
 from pretrain_report import compare, comparison_text, plot_losses
@@ -238,7 +238,7 @@ def prepare(
     config = model_config(model, tokenizer, data.context_length)
     trained = attentions(run.attentions, arguments.muse)
     for attention in trained:
-        check_model(config, attention.layers, attention.config)
+        check_model(config, attention.layers, attention.config, run.compile)
         if attention.config and data.context_length <= attention.config.local_block:
             accelerator.print(
                 f"Note: a window of {data.context_length} tokens is not longer than local_block "
@@ -340,10 +340,7 @@ def train(job: Job, accelerator: Accelerator, attention: Attention) -> None:
     folder = job.folder / attention.folder
     set_seed(run.seed)
     model = build_model(job.arguments.model.checkpoint, job.config)
-    if attention.config:
-        use_muse(model, attention.layers, attention.config)
-    elif run.compile:
-        use_exact_outside_graph(model)
+    set_attention(model, attention.layers, attention.config, run.compile)
     if run.loss_chunk is not None:
         use_chunked_loss(model, run.loss_chunk)
     if run.gradient_checkpointing:
@@ -414,7 +411,7 @@ def train(job: Job, accelerator: Accelerator, attention: Attention) -> None:
     if attention.config:
         with temporary_policy(transformers_model(model)):  # exact in every layer
             measured["exact_attention_losses"] = held_out_losses(accelerator, model, held_out)
-    elif run.compile:
+    else:
         unpatch_model(model)
     save_result(accelerator, model, attention, folder, progress, job.tokenizer, measured)
     accelerator.wait_for_everyone()

@@ -77,7 +77,7 @@ class Saved(NamedTuple):
     @staticmethod
     def packed(tensors: list[torch.Tensor], device: torch.device) -> "Saved":
         """Copies of tensors: before there is a replay too, checkpointing has to find the buffers of one."""
-        packing = packing_of(
+        packing = _packing_of(
             tuple((_look_of(tensor), tensor.untyped_storage().nbytes()) for tensor in tensors)
         )
         saved = Saved([torch.empty(packing.num_bytes, dtype=torch.uint8, device=device)], packing)
@@ -87,7 +87,7 @@ class Saved(NamedTuple):
 
 
 @lru_cache(maxsize=1 << 8)
-def packing_of(tensors: tuple[tuple[Look, int], ...]) -> Packing:
+def _packing_of(tensors: tuple[tuple[Look, int], ...]) -> Packing:
     """The one packing of tensors of such looks, and bytes, one after the other."""
     offsets, end = [], 0
     for _, size in tensors:
@@ -362,7 +362,7 @@ class _Watch(TorchDispatchMode):
         if not are_whole or set(saved) & set(self.called):
             return None
         allocated = [number for number in shown if number not in self.called]
-        packing = packing_of(
+        packing = _packing_of(
             tuple((look, self.buffers[number].size) for number, look in zip(saved, looks[len(shown) :]))
         )
         workspace, workspace_bytes = _in_turn(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import FalconConfig
 
 from tests.examples.running import TINY, TINY_MUSE, losses, run
 
@@ -22,6 +23,20 @@ def test_a_compiled_model_has_the_same_losses(attention, folder, tmp_path, monke
     assert len(compiled) == 1
     plain, same = (losses(tmp_path / name, attention) for name in ("plain", "compiled"))
     assert [float(loss) for _, loss in same] == pytest.approx([float(loss) for _, loss in plain], rel=1e-4)
+    config = (tmp_path / "compiled" / attention / "model" / "config.json").read_text()
+    assert ('"muse"' in config) == (attention == "muse"), "an exact model is saved as Transformers' own"
+
+
+def test_a_family_without_support_is_refused_in_a_sentence(folder, tokenizer, tmp_path, capsys):
+    checkpoint = tmp_path / "falcon"
+    FalconConfig(vocab_size=512, hidden_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(
+        checkpoint
+    )
+    where = ["--text", folder, "--checkpoint", checkpoint, "--attention", "exact", "--compile"]
+    where += ["--tokenizer", tmp_path / "tokenizer", "--context_length", 64, "--output_dir", tmp_path / "run"]
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert run(*where) == 2
+    assert "cannot be trained" in capsys.readouterr().err
 
 
 def test_the_monitor_compiles_nothing(folder, tmp_path, monkeypatch):

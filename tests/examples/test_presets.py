@@ -37,7 +37,7 @@ def test_a_preset_is_the_model_and_the_setting_of_its_name(name, parameters, lay
     config = model_config(arguments.model, tokenizer, arguments.data.context_length)
     config.vocab_size = arguments.data.vocab_size
     muse = muse_settings(arguments.muse)
-    check_model(config, arguments.muse.layers, muse)
+    check_model(config, arguments.muse.layers, muse, arguments.run.compile)
     assert muse == setting, f"{name} trains with {muse}"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -105,11 +105,12 @@ def test_a_finished_part_of_a_comparison_is_not_trained_again(folder, tmp_path, 
     output = tmp_path / "compare"
     where = ["--text", folder, "--output_dir", output, *TINY, *TINY_MUSE, "--steps", 6]
 
-    def interrupt(*_):
-        raise KeyboardInterrupt
+    def interrupt(model, layers, muse_config, compiled):
+        if muse_config:
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(pretrain, "use_muse", interrupt)
+        patched.setattr(pretrain, "set_attention", interrupt)
         assert run(*where) == 130
     before = output.joinpath("exact/losses.csv").stat().st_mtime_ns
     assert run("--resume", "--output_dir", output) == 0

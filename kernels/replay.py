@@ -341,7 +341,8 @@ class _Watch(TorchDispatchMode):
             self.constants.append(arg)
             return Place(0, arg.data_ptr())
         self.repeatable &= number > 0
-        return Place(number, arg.data_ptr() - self.buffers[number].start)
+        # What holds no numbers has no address, wherever it lies.
+        return Place(number, arg.data_ptr() - self.buffers[number].start if arg.numel() else 0)
 
     def recording(self, results: list[torch.Tensor], num_shown: int | None) -> Recording | None:
         """How to repeat it, if possible.

@@ -128,7 +128,7 @@ def fake(
         new(batch, length, heads, head_dim, dtype=query.dtype).transpose(1, 2),
         new(batch, heads, length, dtype=torch.float32),
         new(heads, tokens, dtype=torch.float32),
-        new(heads, tokens, num_words(max_seen, num_retrieved)),
+        new(heads, num_words(max_seen, num_retrieved), tokens),
         new(kv_heads, num_items),
         new(kv_heads, num_clusters + 1),
         new(heads, tokens, dtype=torch.uint8),

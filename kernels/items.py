@@ -18,6 +18,7 @@ from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.layout import Layout
 from muse_hf.kernels.replay import fill, library_call
 from muse_hf.kernels.selection import number_of_bits
+from muse_hf.kernels.summaries import chosen_row
 
 # Queries in a chunk: fewer than a byte can count. One warp, whose sums take no barriers.
 _CHUNK = 128
@@ -70,9 +71,9 @@ def _chunk_of(
 
 
 @triton.jit
-def _bytes_of(words, row, inside, WORDS: tl.constexpr):
-    """The words of rows, and their bits as the bytes of words (8, rows)."""
-    word = tl.load(words + row * WORDS, mask=inside, other=0)
+def _bytes_of(at, inside):
+    """The words of queries, and their bits as the bytes of words (8, queries)."""
+    word = tl.load(at, mask=inside, other=0)
     return word, (word[None, :] >> tl.arange(0, 8)[:, None]) & 0x01010101
 
 
@@ -87,17 +88,19 @@ def _count_kernel(
         block_start, block_length, first_cluster, num_seen, num_tokens, num_clusters, num_chunks,
         clusters_per_block, CHUNK, GROUP_HEADS,
     )  # fmt: skip
-    row = tl.program_id(1).to(tl.int64) * num_tokens + tokens
+    head = tl.program_id(1).to(tl.int64)
+    words = chosen_row(chosen, head, tokens, num_tokens, WORDS)
     bit = tl.arange(0, 8)
     found = tl.zeros([CHUNK], tl.int32)
     for first in range(0, seen, 32):
-        word, bits = _bytes_of(chosen + first // 32, row, inside, WORDS)
+        word, bits = _bytes_of(words, inside)
         many = tl.sum(bits, 1)
         for k in tl.static_range(4):
             cluster = first + 8 * k + bit
             tl.store(counts + place + cluster, (many >> 8 * k) & 0xFF, mask=cluster < seen)
         found += number_of_bits(word)
-    tl.store(number + row, found, mask=inside)
+        words += num_tokens
+    tl.store(number + head * num_tokens + tokens, found, mask=inside)
 
 
 @triton.jit
@@ -131,13 +134,13 @@ def _place_kernel(
         clusters_per_block, CHUNK, GROUP_HEADS,
     )  # fmt: skip
     head = tl.program_id(1).to(tl.int64)
-    row = head * num_tokens + tokens
+    words = chosen_row(chosen, head, tokens, num_tokens, WORDS)
     item = (head % GROUP_HEADS * num_tokens + tokens).to(tl.int32) * num_retrieved
     bounds += head // GROUP_HEADS * (num_clusters + 1) + first_seen
     order += head // GROUP_HEADS * num_tokens * GROUP_HEADS * num_retrieved
     bit = tl.arange(0, 8)
     for first in range(0, seen, 32):
-        word, bits = _bytes_of(chosen + first // 32, row, inside, WORDS)
+        word, bits = _bytes_of(words, inside)
         if tl.max((word != 0).to(tl.int32), 0) > 0:
             up_to_row = tl.cumsum(bits, 1)
             up_to_byte = bits * 0x01010101
@@ -151,6 +154,7 @@ def _place_kernel(
                 number = next_item + ((up_to_byte >> 8 * k) & 0xFF) - 1
                 tl.store(order + to, number, mask=((bits >> 8 * k) & 1) > 0)
             item += number_of_bits(word)
+        words += num_tokens
 
 
 @library_call
@@ -164,8 +168,8 @@ def list_items(
     chosen: torch.Tensor, layout: Layout, kv_heads: int, num_clusters: int, num_retrieved: int,
     block: int, clusters_per_block: int,
 ) -> Items:  # fmt: skip
-    """The items of chosen (H, B * N, WORDS), the bits of clusters that each query retrieves."""
-    heads, num_tokens, num_words = chosen.shape
+    """The items of chosen (H, WORDS, B * N), the bits of clusters that each query retrieves."""
+    heads, num_words, num_tokens = chosen.shape
     groups = heads // kv_heads
     order = chosen.new_empty(kv_heads, groups * num_tokens * num_retrieved)
     bounds = chosen.new_empty(kv_heads, num_clusters + 1)

@@ -18,7 +18,7 @@ from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.layout import Layout
 from muse_hf.kernels.local import Local
 from muse_hf.kernels.selection import keep_largest, number_of_bits, take_first, threshold_of
-from muse_hf.kernels.summaries import TILE, load_summaries, rows_at, summary_logits
+from muse_hf.kernels.summaries import TILE, chosen_row, load_summaries, rows_at, summary_logits
 
 # Three programs fit a multiprocessor with 168 registers a thread, which is worth a few spills.
 _LAUNCH = {"BLOCK_Q": 64, "BLOCK_J": 32, "num_warps": 4, "num_stages": 3, "maxnreg": 168}
@@ -63,7 +63,7 @@ def _tile(
 @triton.jit
 def _sum_kept(
     q, half_square, least_score, least_missed, o, total, top, k_at, v_at, spread_at, mass_at, chosen_at,
-    inside, seen, scale,
+    inside, seen, num_tokens, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_J: tl.constexpr, WORDS: tl.constexpr,
     THRESHOLD: tl.constexpr,
 ):  # fmt: skip
@@ -85,7 +85,8 @@ def _sum_kept(
         )  # fmt: skip
         if WORDS > 0:
             word = tl.sum(tl.where(taken, bit[None, :], 0), 1)
-            tl.store(chosen_at + j // 32, word, mask=inside)
+            tl.store(chosen_at, word, mask=inside)
+            chosen_at += num_tokens
             found += number_of_bits(word)
             p = tl.where(taken, 0, p)
         v = load_summaries(v_at + j * HEAD_DIM, j + place < seen, HEAD_DIM, BLOCK_D)
@@ -97,7 +98,7 @@ def _sum_kept(
 @triton.jit
 def _sum_surplus(
     q, half_square, least_score, least_missed, o, total, top, k_at, v_at, spread_at, mass_at, chosen_at,
-    inside, seen, scale, surplus,
+    inside, seen, num_tokens, scale, surplus,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_J: tl.constexpr, WORDS: tl.constexpr,
     THRESHOLD: tl.constexpr,
 ):  # fmt: skip
@@ -115,7 +116,8 @@ def _sum_surplus(
         )  # fmt: skip
         given_back = take_first(taken, surplus)
         kept = tl.sum(tl.where(taken & ~given_back, bit[None, :], 0), 1)
-        tl.store(chosen_at + j // 32, kept, mask=inside)
+        tl.store(chosen_at, kept, mask=inside)
+        chosen_at += num_tokens
         p = tl.where(given_back, p, 0)
         v = load_summaries(v_at + j * HEAD_DIM, j + place < seen, HEAD_DIM, BLOCK_D)
         o = tl.dot(p.to(v.dtype), v, o, input_precision="ieee")
@@ -183,17 +185,18 @@ def _forward_kernel(
         local_o = load_rows(
             local, tokens, inside, head, stride_lb, stride_lh, stride_ln, length, HEAD_DIM, BLOCK_D
         ).to(tl.float32)
-        chosen_at = chosen + row * WORDS
+        chosen_at = chosen_row(chosen, head, tokens, num_tokens, WORDS)
         o, total, found = _sum_kept(
             q, half_square, least_score, least_missed, local_o * local_total[:, None], local_total, top,
-            k_at, v_at, spread_at, mass_at, chosen_at, inside, seen, scale,
+            k_at, v_at, spread_at, mass_at, chosen_at, inside, seen, num_tokens, scale,
             HEAD_DIM, BLOCK_D, BLOCK_J, WORDS, THRESHOLD,
         )  # fmt: skip
         if WORDS > 0:
             surplus = tl.where(inside, tl.maximum(found - num_retrieved, 0), 0)
             o, total = _sum_surplus(
                 q, half_square, least_score, least_missed, o, total, top, k_at, v_at, spread_at, mass_at,
-                chosen_at, inside, seen, scale, surplus, HEAD_DIM, BLOCK_D, BLOCK_J, WORDS, THRESHOLD,
+                chosen_at, inside, seen, num_tokens, scale, surplus,
+                HEAD_DIM, BLOCK_D, BLOCK_J, WORDS, THRESHOLD,
             )  # fmt: skip
         # Nothing is left of the sum where clusters that are to be retrieved have nearly all the mass.
         total = tl.maximum(total, 1e-37)
@@ -219,12 +222,12 @@ def refine(
         query, output: (B, H, N, D). lse: (H, B * N) float32.
 
     Returns:
-        (H, B * N, WORDS) int32, a bit for every cluster that a query sees: set if it is to be retrieved.
+        (H, WORDS, B * N) int32, a bit for every cluster that a query sees: set if it is to be retrieved.
         Words of clusters that a query does not see are not written.
     """
     batch, heads, length, head_dim = query.shape
     words = num_words(layout.max_seen, num_retrieved)
-    chosen = query.new_empty(heads, batch * length, words, dtype=torch.int32)
+    chosen = query.new_empty(heads, words, batch * length, dtype=torch.int32)
     settings = choose_launch(query, _LAUNCH, _WIDE_LAUNCH, _PRECISE_LAUNCH)
     launch(
         _forward_kernel, (ceil_div(block, settings["BLOCK_Q"]), heads, layout.block_start.shape[0]),

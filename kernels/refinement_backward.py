@@ -12,7 +12,14 @@ from muse_hf.kernels.common import LOG2_E, choose_launch, load_rows, power_of_tw
 from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.layout import Layout
 from muse_hf.kernels.replay import library_call
-from muse_hf.kernels.summaries import TILE, is_chosen, load_summaries, rows_at, summary_logits
+from muse_hf.kernels.summaries import (
+    TILE,
+    chosen_row,
+    is_chosen,
+    load_summaries,
+    rows_at,
+    summary_logits,
+)
 
 # Programs that the gradients of summaries are spread over, so that the whole device is busy.
 _PROGRAMS = 2048
@@ -48,6 +55,7 @@ def _query_backward_kernel(
         row = head.to(tl.int64) * num_tokens + tokens
         query_lse = tl.load(lse + row, mask=inside, other=float("inf")) * LOG2_E
         query_delta = tl.load(delta + row, mask=inside, other=0)
+        chosen_at = chosen_row(chosen, head, tokens, num_tokens, WORDS)
         place = tl.arange(0, BLOCK_J)
         k_at = rows_at(key_mean, heads_row + place, HEAD_DIM, BLOCK_D)
         v_at = rows_at(value_mean, heads_row + place, HEAD_DIM, BLOCK_D)
@@ -55,7 +63,8 @@ def _query_backward_kernel(
         for j in range(0, seen, BLOCK_J):
             k = load_summaries(k_at + j * HEAD_DIM, j + place < seen, HEAD_DIM, BLOCK_D)
             s = summary_logits(q, k, log_mass + heads_row + j + place, j + place < seen, scale)
-            taken = is_chosen(chosen, row, inside, j, WORDS, BLOCK_J)
+            taken = is_chosen(chosen_at, inside, num_tokens, WORDS, BLOCK_J)
+            chosen_at += BLOCK_J // 32 * num_tokens
             p = tl.where(taken, 0, tl.exp2(s * LOG2_E - query_lse[:, None]))
             v = load_summaries(v_at + j * HEAD_DIM, j + place < seen, HEAD_DIM, BLOCK_D)
             ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - query_delta[:, None])
@@ -93,6 +102,7 @@ def _summary_backward_kernel(
     v_at = rows_at(value_mean, heads_row + clusters, HEAD_DIM, BLOCK_D)
     k = load_summaries(k_at, exists, HEAD_DIM, BLOCK_D)
     v = load_summaries(v_at, exists, HEAD_DIM, BLOCK_D)
+    first_word = (local // 32).to(tl.int64) * num_tokens
     # Queries of the block after a cluster's own are the first to see it.
     own_block = (local + tl.arange(0, BLOCK_J)) // clusters_per_block
     seen_from = start + (own_block - local // clusters_per_block) * block_size
@@ -108,9 +118,9 @@ def _summary_backward_kernel(
         query_lse = tl.load(lse + row, mask=inside, other=float("inf")) * LOG2_E
         query_delta = tl.load(delta + row, mask=inside, other=0)
         s = summary_logits(q, k, log_mass + heads_row + clusters, exists, scale)
-        kept = (tokens[:, None] >= seen_from[None, :]) & ~is_chosen(
-            chosen, row, inside, local, WORDS, BLOCK_J
-        )
+        chosen_at = chosen_row(chosen, head, tokens, num_tokens, WORDS) + first_word
+        kept = tokens[:, None] >= seen_from[None, :]
+        kept = kept & ~is_chosen(chosen_at, inside, num_tokens, WORDS, BLOCK_J)
         p = tl.where(kept, tl.exp2(s * LOG2_E - query_lse[:, None]), 0)
         dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision="ieee")
         ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - query_delta[:, None])
@@ -174,5 +184,5 @@ def _tiles(query: torch.Tensor, clusters: Clusters, chosen: torch.Tensor) -> dic
         "GROUP_HEADS": query.shape[1] // clusters.count.shape[0],
         "HEAD_DIM": head_dim,
         "BLOCK_D": power_of_two(head_dim),
-        "WORDS": chosen.shape[-1],
+        "WORDS": chosen.shape[1],
     }

@@ -29,18 +29,26 @@ def summary_logits(q, k, mass_at, exists, scale):
 
 
 @triton.jit
-def is_chosen(chosen, rows, inside, first, WORDS: tl.constexpr, BLOCK_J: tl.constexpr):
-    """True (BLOCK_Q, BLOCK_J) at the clusters first, first + 1, ... that the rows retrieve.
+def chosen_row(chosen, head, tokens, num_tokens, WORDS: tl.constexpr):
+    """Where the first words of tokens lie in `chosen` (H, WORDS, B * N) int32, a bit for each cluster seen.
+
+    The next ones are `num_tokens` further. Side by side, those of a tile of queries are loaded at once.
+    """
+    return chosen + head.to(tl.int64) * WORDS * num_tokens + tokens
+
+
+@triton.jit
+def is_chosen(at, inside, num_tokens, WORDS: tl.constexpr, BLOCK_J: tl.constexpr):
+    """True (BLOCK_Q, BLOCK_J) at clusters of a tile that queries retrieve.
 
     Args:
-        chosen: (H * B * N, WORDS) int32, a bit for each cluster that a row sees; WORDS = 0: none is chosen.
-        first: A multiple of 32.
+        at: Where the words (BLOCK_Q,) lie that the tile begins with. WORDS = 0: nothing is retrieved.
     """
     if WORDS == 0:
-        return tl.full([rows.shape[0], BLOCK_J], False, tl.int1)
+        return tl.full([inside.shape[0], BLOCK_J], False, tl.int1)
     place = tl.arange(0, BLOCK_J)
-    words = tl.load(chosen + rows * WORDS + first // 32, mask=inside, other=0)[:, None]
+    words = tl.load(at, mask=inside, other=0)[:, None]
     if BLOCK_J == 64:
-        upper = tl.load(chosen + rows * WORDS + first // 32 + 1, mask=inside, other=0)
+        upper = tl.load(at + num_tokens, mask=inside, other=0)
         words = tl.where((place < 32)[None, :], words, upper[:, None])
     return ((words >> (place % 32)[None, :]) & 1) != 0

@@ -18,7 +18,7 @@ def random_bits(heads, sequences, num_tokens, num_retrieved):
     words = num_words(layout.max_seen, max(1, num_retrieved))
     num_clusters = sum((length - 1) // BLOCK for length in sequences[1::2]) * CLUSTERS_PER_BLOCK
     chosen = torch.zeros(heads, num_tokens, num_clusters, dtype=torch.bool)
-    packed = torch.full((heads, num_tokens, words), -1, dtype=torch.int32)
+    packed = torch.full((heads, words, num_tokens), -1, dtype=torch.int32)
     for start, length, first, seen in zip(*(column.tolist() for column in layout.query_blocks)):
         rows = slice(start, start + length)
         scores = torch.rand(heads, length, seen, generator=generator)
@@ -27,7 +27,8 @@ def random_bits(heads, sequences, num_tokens, num_retrieved):
         chosen[:, rows, first : first + seen] = taken
         bits = torch.nn.functional.pad(taken, (0, -seen % 32)).unflatten(-1, (-1, 32)).long()
         word = (bits << torch.arange(32)).sum(-1)
-        packed[:, rows, : word.shape[-1]] = word.where(word < 1 << 31, word - (1 << 32)).int()
+        word = word.where(word < 1 << 31, word - (1 << 32)).int()
+        packed[:, : word.shape[-1], rows] = word.transpose(1, 2)
     return chosen, packed.to(DEVICE), layout
 
 
@@ -44,7 +45,7 @@ def random_bits(heads, sequences, num_tokens, num_retrieved):
 def test_items_are_those_of_the_bits(heads, kv_heads, sequences, num_tokens, num_retrieved):
     chosen, packed, layout = random_bits(heads, sequences, num_tokens, num_retrieved)
     num_clusters = chosen.shape[2]
-    packed = packed if num_retrieved else packed[..., :0]
+    packed = packed if num_retrieved else packed[:, :0]
     items = list_items(packed, layout, kv_heads, num_clusters, num_retrieved, BLOCK, CLUSTERS_PER_BLOCK)
     assert items.num_retrieved == num_retrieved
     assert torch.equal(items.number.cpu().long(), chosen.sum(-1)), "items of a query"

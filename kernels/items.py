@@ -138,22 +138,22 @@ def _place_kernel(
     item = (head % GROUP_HEADS * num_tokens + tokens).to(tl.int32) * num_retrieved
     bounds += head // GROUP_HEADS * (num_clusters + 1) + first_seen
     order += head // GROUP_HEADS * num_tokens * GROUP_HEADS * num_retrieved
-    bit = tl.arange(0, 8)
+    byte_of = tl.arange(0, 8)[:, None]
     for first in range(0, seen, 32):
         word, bits = _bytes_of(words, inside)
         if tl.max((word != 0).to(tl.int32), 0) > 0:
             up_to_row = tl.cumsum(bits, 1)
-            up_to_byte = bits * 0x01010101
-            in_word = up_to_byte >> 24
-            next_item = item[None, :] + tl.cumsum(in_word, 0) - in_word
-            for k in tl.static_range(4):
-                cluster = first + 8 * k + bit
-                start = tl.load(bounds + cluster, mask=cluster < seen, other=0)
-                start += tl.load(counts + place + cluster, mask=cluster < seen, other=0)
-                to = start[:, None] + ((up_to_row >> 8 * k) & 0xFF) - 1
-                number = next_item + ((up_to_byte >> 8 * k) & 0xFF) - 1
-                tl.store(order + to, number, mask=((bits >> 8 * k) & 1) > 0)
-            item += number_of_bits(word)
+            # Few bits are set: a step for the lowest of each query is less work than one for each bit.
+            while tl.max((word != 0).to(tl.int32), 0) > 0:
+                exists = word != 0
+                cluster = number_of_bits((word & -word) - 1)
+                up_to = tl.sum(tl.where(byte_of == (cluster & 7)[None, :], up_to_row, 0), 0)
+                start = tl.load(bounds + first + cluster, mask=exists, other=0)
+                start += tl.load(counts + place + first + cluster, mask=exists, other=0)
+                to = start + (up_to >> (cluster & 24) & 0xFF) - 1
+                tl.store(order + to, item, mask=exists)
+                item += exists.to(tl.int32)
+                word = word & (word - 1)
         words += num_tokens
 
 

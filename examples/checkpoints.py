@@ -9,6 +9,7 @@ from pathlib import Path
 from accelerate import Accelerator
 from records import Progress, read_json, write_json
 from safetensors import SafetensorError
+from torch.distributed.checkpoint import CheckpointException
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, keep: int) -> None:
@@ -57,6 +58,8 @@ def writing(what: str) -> Iterator[None]:
     """Make an OSError that says what was written of all that a full disk has the libraries raise."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+        # FSDP2 saves by parts: what happened to the processes is inside.
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        reason = str(cause).strip().split("\n")[0]
         raise OSError(f"{what} could not be written ({reason})") from error

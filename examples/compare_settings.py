@@ -19,6 +19,7 @@ is refused or fails becomes a row with the reason. One without Triton kernels is
 the slow reference tells its loss.
 """
 
+import hashlib
 import shlex
 import sys
 import warnings
@@ -238,11 +239,12 @@ def compare(arguments: Arguments) -> None:
     model, tokenizer = load_model(arguments.load, corpus, arguments.lengths[-1])
     check_model(model)
     longest_loss = arguments.longest_loss or model.config.max_position_embeddings
-    texts = {}
+    texts, hashes = {}, {}
     for length in arguments.lengths:
         count = arguments.rows if length <= longest_loss else 1
         rows = text_rows(unseen_texts(arguments.load, corpus), tokenizer, length, count, needed=count)
         texts[length] = rows.to(model.device)
+        hashes[length] = hashlib.sha256(rows.numpy().tobytes()).hexdigest()
     common = {
         "model": arguments.load.model or "small",
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -263,6 +265,7 @@ def compare(arguments: Arguments) -> None:
                 config = config.replace(backend=backend, min_length=0)
                 for length, found in contexts.items():
                     row = {"setting": title, "length": length, **measure(model, found, config), **common}
+                    row["tokens_sha256"] = hashes[length]
                     append_rows(arguments.csv, [row])
                     rows.append(row)
                     bar.write(table_line(row, width))

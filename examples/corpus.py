@@ -1,6 +1,7 @@
 """From text to training windows: files or a `datasets` name -> documents -> tokens -> packed windows."""
 
 import hashlib
+import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -62,6 +63,16 @@ def package_folders(names: Sequence[str]) -> list[str]:
             raise UsageError(f"there is no installed package {name!r}.")
         folders += spec.submodule_search_locations
     return folders
+
+
+def package_versions(names: Sequence[str]) -> dict[str, list[str]]:
+    """What of which version the packages are installed with: other versions are other texts."""
+    distributions = importlib.metadata.packages_distributions()
+    return {
+        name: [f"{found} {importlib.metadata.version(found)}" for found in sorted(set(distributions[name]))]
+        for name in names
+        if name in distributions
+    }
 
 
 def text_files(paths: Sequence[str], pattern: str) -> list[Path]:

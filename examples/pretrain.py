@@ -46,7 +46,7 @@ from typing import Any
 import datasets
 import torch
 import transformers
-from accelerate import Accelerator, skip_first_batches
+from accelerate import Accelerator, PartialState, skip_first_batches
 from accelerate.utils import (
     DataLoaderConfiguration,
     GradientAccumulationPlugin,
@@ -63,6 +63,7 @@ from corpus import (
     file_corpus,
     held_out_windows,
     named_corpus,
+    package_versions,
     train_tokenizer,
     training_windows,
 )
@@ -72,7 +73,7 @@ from plugin import muse_hf  # noqa: F401
 from pretrain_arguments import Arguments, DataArguments, RunArguments, parse_arguments
 from pretrain_report import compare, comparison_text, plot_losses
 from records import DivergedError, PausedError, Progress, Recorder, read_json, write_json
-from results import prompt_tokens, save_result
+from results import WARM_UP, prompt_tokens, save_result
 from texts import files_of
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
@@ -118,7 +119,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\npretrain.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except PausedError as pause:
-        print(f"\npretrain.py: {pause}; {way_on(folder)}.", file=sys.stderr)
+        if PartialState().is_main_process:
+            print(f"\npretrain.py: {pause}; {way_on(folder)}.", file=sys.stderr)
         return 3
     except OSError as error:
         print(f"\npretrain.py: error: {error}; {way_on(folder)}.", file=sys.stderr)
@@ -300,14 +302,14 @@ def load_tokenizer(arguments: Arguments, corpus: Corpus, saved: Path) -> PreTrai
 
 def record_settings(job: Job, accelerator: Accelerator, command: str, text: str | None) -> None:
     """Create the folder and save what the run is, or check that a resumed run still is what it was."""
-    processes, system = accelerator.num_processes, environment()
+    processes = accelerator.num_processes
     launcher = "python" if processes == 1 else f"accelerate launch --num_processes {processes}"
     settings = {
         "command": f"{launcher} examples/pretrain.py {command}",
-        "hardware": system["gpus"] or f"{os.cpu_count()} CPU cores, {platform.machine()}",
-        "versions": {name: system[name] for name in VERSIONS},
+        **machine(),
         "distributed": accelerator.distributed_type.value,
         "text": text,
+        "packages": package_versions(job.arguments.data.packages or []),
         "arguments": job.arguments.values(),
         "processes": processes,
         "mixed_precision": accelerator.mixed_precision,
@@ -334,6 +336,15 @@ def record_settings(job: Job, accelerator: Accelerator, command: str, text: str 
     accelerator.wait_for_everyone()
 
 
+def machine() -> dict[str, Any]:
+    """What times depend on besides the job."""
+    system = environment()
+    return {
+        "hardware": system["gpus"] or f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "versions": {name: system[name] for name in VERSIONS},
+    }
+
+
 def train(job: Job, accelerator: Accelerator, attention: Attention) -> None:
     """Train one model and write its losses, checkpoints, final weights and result.json."""
     run = job.arguments.run
@@ -357,6 +368,8 @@ def train(job: Job, accelerator: Accelerator, attention: Attention) -> None:
     held_out = DataLoader(job.held_out, batch_size=1, pin_memory=torch.cuda.is_available())
     model, optimizer, scheduler, held_out = accelerator.prepare(model, optimizer, scheduler, held_out)
     progress = resume_or_start(accelerator, folder)
+    if (here := machine()) != (progress.machines or [None])[-1]:
+        progress.machines.append(here)
     recorder = Recorder(accelerator, folder, progress, run.steps, job.tokens_per_step)
     monitor = training_monitor(job, accelerator, attention.config)
     if monitor and progress.step == 0:
@@ -386,7 +399,7 @@ def train(job: Job, accelerator: Accelerator, attention: Attention) -> None:
 
         last = progress.step == run.steps
         evaluate = last or progress.step % run.eval_every == 0
-        write = evaluate or progress.step % run.log_every == 0
+        write = evaluate or progress.step % run.log_every == 0 or progress.step == WARM_UP
         pause = write and not last and out_of_time(job, accelerator)
         checkpoint = pause or (progress.step % run.checkpoint_every == 0 and not last)
         measure = monitor is not None and monitor.due(progress.step)

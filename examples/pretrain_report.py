@@ -147,10 +147,15 @@ def comparison_text(comparison: Mapping[str, Any], folder: Path) -> str:
             f"(at {run['arguments']['context_length']:,} tokens exact attention is faster than "
             f"{', '.join(slower)}; MuSe pays at long contexts)"
         )
-    machines = {str((result["run"]["hardware"], result["run"]["versions"])) for result in results.values()}
-    if len(machines) > 1:
+    if len({str(machine) for result in results.values() for machine in _machines(result)}) > 1:
         lines.append("(not all on the same hardware and versions: the times cannot be compared)")
     return "\n".join([*lines, "", f"loss curves: {folder / comparison['plot']}"])
+
+
+def _machines(result: Result) -> list[dict[str, Any]]:
+    """Hardware and versions of all steps of a training."""
+    last = {name: result["run"][name] for name in ("hardware", "versions")}
+    return [*result.get("earlier_machines", []), last]
 
 
 def plot_losses(results: Mapping[str, Result], path: Path) -> None:
@@ -164,9 +169,14 @@ def plot_losses(results: Mapping[str, Result], path: Path) -> None:
     above, below = axes[0, 0], axes[-1, 0]
     others = iter([COLORS["muse"], "#3f8f5b", "#8a5ea8", "#b8912f", "#5f6b76", "#c2578f"] * len(results))
     for name, result in results.items():
-        color = COLORS["exact"] if result is baseline else next(others)
+        is_exact = result is baseline
+        color = COLORS["exact"] if is_exact else next(others)
         above.plot(*zip(*result["training_curve"]), color=color, linewidth=0.8, alpha=0.45)
-        above.plot(*zip(*result["held_out_curve"]), color=color, marker="o", markersize=4, label=name)
+        # Curves lie close together: the exact one over the others, which show through.
+        above.plot(
+            *zip(*result["held_out_curve"]), color=color, marker="o", markersize=4, label=name,
+            linestyle="--" if is_exact else "-", zorder=3 if is_exact else 2,
+        )  # fmt: skip
         if relative_to and result is not baseline:
             exact = dict(map(tuple, baseline["held_out_curve"]))
             points = [
@@ -174,6 +184,8 @@ def plot_losses(results: Mapping[str, Result], path: Path) -> None:
             ]
             below.plot(*zip(*points), color=color, marker="o", markersize=4)
     above.set_ylabel("loss (nats per token)")
+    later = [loss for result in results.values() for at, loss in _later(result["training_curve"])]
+    above.set_ylim(top=max([*later, *(loss for r in results.values() for _, loss in r["held_out_curve"])]))
     above.set_title("thin: training; markers: held out", fontsize=9, loc="left")
     above.legend(frameon=False)
     if relative_to:
@@ -186,3 +198,8 @@ def plot_losses(results: Mapping[str, Result], path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _later(curve: Sequence[Sequence[float]]) -> Sequence[Sequence[float]]:
+    """All but the first tenth of a curve, which falls so far that the rest would look flat."""
+    return curve[len(curve) // 10 :]

@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,14 @@ class Progress:
         epoch: Complete passes over the training windows.
         batch: Batches that each process has consumed of the current pass.
         seconds: Time spent in training steps, without evaluation and checkpoints.
+        machines: Hardware and versions that the steps were done with, one entry for each change.
     """
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
     seconds: float = 0.0
+    machines: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Recorder:

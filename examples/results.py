@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -14,7 +15,9 @@ from checkpoints import writing
 from records import Progress, read_json, read_rows, write_json
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-WARM_UP = 10  # steps that are left out of the time per step: kernels are chosen and compiled in them
+# Steps that are left out of the time per step: kernels are chosen and compiled in them. None is written with
+# later ones.
+WARM_UP = 10
 POINTS = 200  # of the curve of the training loss, each the mean of as many steps as the others
 
 
@@ -40,10 +43,11 @@ def save_result(
     with writing("the model"):
         accelerator.unwrap_model(model).save_pretrained(folder / "model", state_dict=weights)
         tokenizer.save_pretrained(folder / "model")
-    run = read_json(folder.parent / "config.json")
+    *earlier_machines, machine = progress.machines
+    run = read_json(folder.parent / "config.json") | machine
     losses = read_rows(folder / "losses.csv")
     tokens_per_step = losses[0]["tokens"]
-    seconds = seconds_per_step(losses)
+    fast, seconds, slow = np.percentile(step_seconds(losses), [20, 50, 80]).tolist()
     result = {
         "attention": attention.title,
         "muse": attention.config and {"layers": attention.layers} | _fields(attention),
@@ -52,6 +56,7 @@ def save_result(
         "tokens": int(progress.step * tokens_per_step),
         "seconds": progress.seconds,
         "seconds_per_step": seconds,
+        "seconds_per_step_20_80": [fast, slow],
         "tokens_per_second": tokens_per_step / seconds,
         **held_out_losses,
         "training_curve": curve(losses),
@@ -59,7 +64,9 @@ def save_result(
         "monitor": read_rows(folder / "monitor.csv"),
         "model": f"{folder.name}/model",  # in the folder of the run, which may move
         "sample": sample_text(run["arguments"], tokenizer, folder / "model", accelerator.device),
+        "parameters": sum(weight.numel() for weight in accelerator.unwrap_model(model).parameters()),
         "run": run,
+        "earlier_machines": earlier_machines,
     }
     write_json(folder / "result.json", result)
 
@@ -68,11 +75,11 @@ def _fields(attention: Attention) -> dict[str, Any]:
     return {name: value for name, value in attention.config.to_dict().items() if name != "layers"}
 
 
-def seconds_per_step(losses: Sequence[Mapping[str, float]]) -> float:
-    """Median time of a step, each taken as the mean of those written with it, after the warm-up."""
+def step_seconds(losses: Sequence[Mapping[str, float]]) -> list[float]:
+    """Times of the steps after the warm-up, each taken as the mean of those written with it."""
     tokens = losses[0]["tokens"]
     timed = [row for row in losses if row["step"] > WARM_UP] or losses
-    return statistics.median(tokens / row["tokens_per_second"] for row in timed)
+    return [tokens / row["tokens_per_second"] for row in timed]
 
 
 def curve(losses: Sequence[Mapping[str, float]]) -> list[list[float]]:

@@ -5,9 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+from torch.distributed.checkpoint import CheckpointException
 
 from tests.examples.running import TINY, losses, pretrain, run
 
+import checkpoints  # isort: skip
 import records  # isort: skip
 
 
@@ -58,6 +60,13 @@ def test_a_full_disk_loses_the_steps_since_the_last_checkpoint_only(
     assert run("--resume", "--output_dir", output) == 0
     assert "Continuing after step 6" in capsys.readouterr().out
     assert losses(output) == losses(whole), "the resumed run has other losses"
+
+
+def test_what_stops_a_checkpoint_in_parts_is_said():
+    stopped = CheckpointException("write", {1: (OSError(28, "No space left on device"), None)})
+    with pytest.raises(OSError, match="No space left") as raised, checkpoints.writing("the checkpoint"):
+        raise stopped
+    assert str(raised.value).startswith("the checkpoint could not be written (")
 
 
 def test_a_process_killed_while_it_writes_resumes_from_the_checkpoint_before(whole, folder, tmp_path):

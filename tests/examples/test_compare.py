@@ -4,13 +4,14 @@ import json
 import shutil
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from tests.examples.running import TINY, TINY_MUSE, losses, pretrain, rows, run
 
 # isort: split
 import compare_runs
 from pretrain_report import comparison_text, relative, table_text
-from results import curve, seconds_per_step
+from results import curve, step_seconds
 
 VARIANT = "muse:num_retrieved=0:layers=1"
 
@@ -59,6 +60,12 @@ def test_a_result_says_how_it_came_about(three):
     assert run["command"].endswith(f"--attention muse {VARIANT} --compare")
     assert {"torch", "transformers", "muse_hf", "python"} <= set(run["versions"])
     assert run["hardware"]
+    assert result["earlier_machines"] == []
+    assert run["packages"] == {}
+    fast, slow = result["seconds_per_step_20_80"]
+    assert fast <= result["seconds_per_step"] <= slow
+    model = AutoModelForCausalLM.from_pretrained(three / result["model"])
+    assert result["parameters"] == model.num_parameters()
     assert (result["tokens"], result["steps"], run["processes"]) == (16 * 2 * 64, 16, 1)
     assert len(result["training_curve"]) == 16
     assert [tokens for tokens, _ in result["held_out_curve"]] == [1024, 2048]
@@ -135,11 +142,11 @@ def test_both_evaluations_of_a_muse_model_have_an_error(three):
         assert table_text([row]).count("±") == 2
 
 
-def test_the_time_of_a_step_is_the_median_without_warm_up():
+def test_times_of_steps_are_those_behind_the_warm_up():
     speeds = [10.0] * 8 + [50.0, 100.0, 100.0, 1.0, 100.0]
     table = [{"step": step, "tokens": 100 * step, "tokens_per_second": v} for step, v in enumerate(speeds, 1)]
-    assert seconds_per_step(table) == 1.0
-    assert seconds_per_step(table[:8]) == 10.0, "a short training has its warm-up only"
+    assert step_seconds(table) == [1.0, 100.0, 1.0]
+    assert step_seconds(table[:8]) == [10.0] * 8, "a short training has its warm-up only"
 
 
 def test_a_long_curve_is_thinned_by_means():

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.examples.running import EXAMPLES, TINY, losses, rows, run
+from tests.examples.running import EXAMPLES, TINY, TINY_MUSE, losses, rows, run
 
 CONFIGS = EXAMPLES / "accelerate"
-STEPS = ["--attention", "exact", "--steps", "14", "--checkpoint_every", "5", "--loss_chunk", "50"]
+STEPS = ["--attention", "exact", "muse", *TINY_MUSE, "--steps", "14", "--checkpoint_every", "5"]
+STEPS += ["--loss_chunk", "50"]
+ATTENTIONS = ("exact", "muse")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +40,7 @@ def two_processes(request, folder, tmp_path_factory) -> Path:
 
 
 def test_two_processes_have_the_losses_of_one_with_the_same_global_batch(two_processes, one_process):
-    for table in ("exact/losses.csv", "exact/held_out.csv"):
+    for table in (f"{attention}/{name}.csv" for attention in ATTENTIONS for name in ("losses", "held_out")):
         one, two = (rows(path / table) for path in (one_process, two_processes / "whole"))
         assert [row["tokens"] for row in two] == [row["tokens"] for row in one], f"{table}: other tokens"
         one, two = ([float(row["loss"]) for row in table] for table in (one, two))
@@ -47,7 +49,8 @@ def test_two_processes_have_the_losses_of_one_with_the_same_global_batch(two_pro
 
 def test_two_processes_resume_with_identical_losses(two_processes):
     whole, resumed = two_processes / "whole", two_processes / "broken"
-    assert losses(resumed) == losses(whole), "the resumed run has other losses"
-    assert rows(resumed / "exact/held_out.csv") == rows(whole / "exact/held_out.csv")
-    weights = "exact/model/model.safetensors"
-    assert (resumed / weights).read_bytes() == (whole / weights).read_bytes(), "the weights differ"
+    for attention in ATTENTIONS:
+        assert losses(resumed, attention) == losses(whole, attention), "the resumed run has other losses"
+        assert rows(resumed / attention / "held_out.csv") == rows(whole / attention / "held_out.csv")
+        weights = f"{attention}/model/model.safetensors"
+        assert (resumed / weights).read_bytes() == (whole / weights).read_bytes(), "the weights differ"

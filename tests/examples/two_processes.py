@@ -3,6 +3,7 @@
 accelerate launch --config_file CONFIG tests/examples/two_processes.py FOLDER ARGUMENTS
 """
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -21,9 +22,24 @@ def main() -> None:
     torch.set_num_threads(1)
     folder, arguments = Path(sys.argv[1]), sys.argv[2:]
     assert run("--output_dir", folder / "whole", *arguments) == 0
-    with mock.patch.object(pretrain, "held_out_losses", side_effect=KeyboardInterrupt):  # in the last step
-        assert run("--output_dir", folder / "broken", *arguments) == 130
-    assert run("--output_dir", folder / "broken", "--resume") == 0
+    broken = ["--output_dir", folder / "broken"]
+    with breaking_off_at_evaluation(1):  # in the last step of the first training
+        assert run(*broken, *arguments) == 130
+    with breaking_off_at_evaluation(2):  # of the second one
+        assert run(*broken, "--resume") == 130
+    assert run(*broken, "--resume") == 0
+
+
+def breaking_off_at_evaluation(number: int):
+    """A run is interrupted where it is about to measure held-out losses for the number-th time."""
+    measure, calls = pretrain.held_out_losses, itertools.count(1)
+
+    def measure_or_break_off(*args):
+        if next(calls) == number:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    return mock.patch.object(pretrain, "held_out_losses", measure_or_break_off)
 
 
 def use_fsdp_on_cpus() -> None:

@@ -78,6 +78,8 @@ def parse_arguments(
         raise UsageError(f"--lengths must be at least {SMALLEST_LENGTH}.")
     if min(arguments.depths, arguments.samples, arguments.new_tokens) < 1:
         raise UsageError("--depths, --samples and --new_tokens must be at least 1.")
+    if arguments.new_tokens >= arguments.lengths[-1]:
+        raise UsageError("--new_tokens must be fewer than the longest of --lengths.")
     if texts.text and texts.dataset_name:
         raise UsageError("give --text or --dataset_name, not both.")
     if arguments.output_dir and Path(arguments.output_dir).exists():
@@ -93,7 +95,7 @@ def evaluate(arguments: EvaluationArguments, pretrained: PretrainedArguments, te
     model, tokenizer = load_model(pretrained, corpus, longest)
     rows = text_rows(unseen_texts(pretrained, corpus), tokenizer, longest, 2 * samples, needed=2 * samples)
     calibration, rows = rows.split(samples)
-    policy = muse_policy(pretrained, model, calibration)
+    policy = muse_policy(pretrained, model, calibration, longest)
     results = [
         measure(arguments, model, tokenizer, rows, None),
         measure(arguments, model, tokenizer, rows, policy),
@@ -138,9 +140,9 @@ def measure(
     """Measure a model with exact attention, or under a policy, on text (samples, longest length)."""
     use_attention(model, policy)
     attention = "exact" if policy is None else "muse"
-    tasks = list(
-        make_tasks(tokenizer, rows.flatten().tolist(), arguments.lengths, arguments.depths, arguments.samples)
-    )
+    text, vocabulary = rows.flatten().tolist(), min(len(tokenizer), model.config.vocab_size)
+    sizes = (arguments.lengths, arguments.depths, arguments.samples)
+    tasks = list(make_tasks(tokenizer, vocabulary, text, *sizes))
     table = []
     for task in tqdm(tasks, desc=f"{attention} attention", unit="task", leave=False):
         accuracy, loss = score(model, task)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from command_line import UsageError, option
+from texts import with_answer
 from transformers import PreTrainedTokenizerBase
 
 TEST_EVERY = 5  # of a local file, one row in so many is for testing
@@ -74,7 +75,12 @@ def task_examples(
 def _lines(path: str) -> Iterator[dict[str, Any]]:
     if not Path(path).is_file():
         raise UsageError(f"there is no file {path!r}.")
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path!r} is not UTF-8 text.") from error
+    lines = text.removesuffix("\n").split("\n")  # what else Python takes for line breaks may be in strings
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
         except ValueError:
@@ -104,8 +110,8 @@ def _example(
         prompt, answer = arguments.prompt.format(**row), arguments.answer.format(**row)
     except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
         raise UsageError(f"a row has no {error}; its fields are {sorted(row)} (see --prompt).") from error
-    answer_ids = tokenizer(f" {answer.strip()}", add_special_tokens=False)["input_ids"][: length // 2]
-    prompt_ids = tokenizer(prompt.rstrip(), add_special_tokens=False, verbose=False)["input_ids"]
+    prompt_ids, answer_ids = with_answer(tokenizer, prompt.rstrip(), answer.strip())
+    answer_ids = answer_ids[: length // 2]
     prompt_ids = prompt_ids[-(length - len(answer_ids)) :]
     if not prompt_ids or not answer_ids:
         raise UsageError("the prompt or the answer of a row is empty (see --prompt and --answer).")

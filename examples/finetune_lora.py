@@ -141,7 +141,8 @@ def finetune(
     needed = arguments.steps * arguments.gradient_accumulation_steps * accelerator.num_processes
     train, test = train_and_test(arguments, task, corpus, tokenizer, needed)
     calibration = torch.cat([example.input_ids for example in train])[None, : arguments.length]
-    policy = muse_policy(pretrained, model, calibration)
+    longest = max(len(example.input_ids) for example in test)
+    policy = muse_policy(pretrained, model, calibration, longest)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         folder.mkdir(parents=True)
@@ -194,7 +195,12 @@ def train_and_test(
 def test_texts(paths: list[str] | None, corpus: Corpus) -> Iterator[str]:
     """The texts on which the loss is measured: those of the paths, else the held-out ones."""
     if paths is None:
-        return corpus.texts(held_out=True)
+        texts = list(corpus.texts(held_out=True))
+        if not texts:
+            raise UsageError(
+                f"fewer than {corpus.held_out_every} documents leave none to test on: name --test_text."
+            )
+        return iter(texts)
     return (document["text"] for document in read_files([str(file) for file in text_files(paths, "*")]))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from texts import with_answer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # The passkey of Mohtashami and Jaggi (2023): text that says nothing, around a sentence that does.
@@ -39,11 +40,17 @@ class Task:
 
 
 def make_tasks(
-    tokenizer: PreTrainedTokenizerBase, text: list[int], lengths: list[int], depths: int, samples: int
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: int,
+    text: list[int],
+    lengths: list[int],
+    depths: int,
+    samples: int,
 ) -> Iterator[Task]:
     """Tasks of all kinds, lengths and depths, the same for every model and attention.
 
     Args:
+        vocabulary: Tokens to copy are drawn from so many.
         text: Tokens of real text, at least as many as the longest length.
     """
     filler = _tokens(tokenizer, FILLER)
@@ -58,14 +65,14 @@ def make_tasks(
                 key = "".join(generator.sample("0123456789", 6))
                 for name, haystack in (("passkey", filler), ("needle", real)):
                     yield _retrieval(tokenizer, name, haystack, key, length, depth)
-            copied = [generator.randrange(len(tokenizer)) for _ in range(COPIED_TOKENS)]
+            copied = [generator.randrange(vocabulary) for _ in range(COPIED_TOKENS)]
             input_ids = copied + real[: length - 2 * COPIED_TOKENS] + copied
             yield Task("copying", length, 0.0, torch.tensor([input_ids]), COPIED_TOKENS - 1)
 
 
 def _retrieval(tokenizer, name, haystack, key, length, depth) -> Task:
     needle = _tokens(tokenizer, NEEDLE.format(key=key))
-    question, answer = _tokens(tokenizer, QUESTION), _tokens(tokenizer, f" {key}")
+    question, answer = with_answer(tokenizer, QUESTION, key)
     around = length - len(needle) - len(question) - len(answer)
     place = round(depth * around)
     input_ids = haystack[:place] + needle + haystack[place:around] + question + answer

@@ -42,10 +42,15 @@ def model_config(
         config = config_from_shape(arguments, tokenizer, context_length)
     else:
         config = config_from_checkpoint(arguments.checkpoint, len(tokenizer), context_length)
+    without_dropout(config)
+    return config
+
+
+def without_dropout(config: PretrainedConfig) -> None:
+    """Turn off all dropout: MuSe serves none of attention, and two attentions are to see the same."""
     for name in DROPOUTS:
         if hasattr(config, name):
             setattr(config, name, 0.0)
-    return config
 
 
 def config_from_shape(

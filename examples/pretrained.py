@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from command_line import UsageError, option
 from corpus import Corpus, pack, tokenize
-from models import muse_layers
+from models import muse_layers, without_dropout
 from plugin import muse_hf
+from safetensors import SafetensorError
 from small_model import make_small_model
 from transformers import (
     AutoConfig,
@@ -20,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from muse_hf.models import InputError, check_length
+from muse_hf.models import InputError, check_length, check_uses_muse, is_encoder
 from muse_hf.routing import UnsupportedError, check_family, model_policy
 
 # For the small model, whose contexts are short.
@@ -74,7 +75,7 @@ class PretrainedArguments(LoadArguments):
 def load_model(
     arguments: LoadArguments, corpus: Corpus, length: int
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model that is named, or the small one, with exact attention, on its device.
+    """The model that is named, or the small one, with exact attention and without dropout, on its device.
 
     Args:
         corpus: What the small model is made from.
@@ -86,14 +87,19 @@ def load_model(
         return model.to(device), tokenizer
     try:
         check_family(config := AutoConfig.from_pretrained(arguments.model))
+        if is_encoder(config):
+            raise UsageError(f"{arguments.model!r} is an encoder, which does not predict the next token.")
         check_length(config, length)
+        without_dropout(config)
         tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer or arguments.model)
         dtype = arguments.dtype or ("float32" if device == "cpu" else "bfloat16")
-        model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(
+            arguments.model, config=config, dtype=dtype, attn_implementation="sdpa"
+        )
         return model.to(device).eval(), tokenizer
     except (UnsupportedError, InputError) as error:
         raise UsageError(f"{str(error).rstrip('.')}.") from error
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, AssertionError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise UsageError(f"the model {arguments.model!r} could not be opened ({reason}).") from error
 
@@ -123,12 +129,13 @@ def text_rows(
 
 
 def muse_policy(
-    arguments: PretrainedArguments, model: PreTrainedModel, calibration: torch.Tensor
+    arguments: PretrainedArguments, model: PreTrainedModel, calibration: torch.Tensor, length: int
 ) -> muse_hf.MuseConfig:
     """What MuSe means: the model's own policy or a default one, changed by the arguments.
 
     Args:
         calibration: Tokens (rows, length) for `--layers auto`.
+        length: Tokens of the longest input, to which MuSe has to make a difference.
     """
     fields = ("num_retrieved", "retrieval_threshold", "cluster_size", "local_block", "min_length")
     given = {name: value for name in fields if (value := getattr(arguments, name)) is not None}
@@ -140,6 +147,7 @@ def muse_policy(
     try:
         default = muse_hf.MuseConfig(**SMALL_MUSE) if arguments.model is None else model_policy(model.config)
         report = muse_hf.patch_model(model, layers, default.replace(**given), **options)
+        check_uses_muse(model, model_policy(model.config), length)
     except ValueError as error:
         raise UsageError(f"{str(error).rstrip('.')}.") from error
     print(f"{report}\n")

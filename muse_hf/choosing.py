@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import combinations, product
+from itertools import chain, combinations, product
 from typing import Any
 
 import torch
@@ -138,6 +138,8 @@ def choose_settings(
     check_budget(max_loss_increase)
     windowed = windowed_layers(model.config)
     layers = [layer for layer in range(model.config.num_hidden_layers) if layer not in windowed]
+    if not layers:
+        check_windows(model.config, list(windowed))
     input_ids = check_input(model, input_ids, [config])
     config = _used_from(config, input_ids.shape[1], model.device)
     ladder = [
@@ -166,7 +168,8 @@ def choose_settings(
         "device": device_name(model.device),
     }
     with temporary_policy(model):
-        for chosen in assignments(options):
+        # One that keeps the whole within the budget is there: exact attention everywhere.
+        for chosen in logging.tqdm(assignments(options), desc="Checking choices", unit="choice", leave=False):
             if sum(option.cost for option in chosen.values()) <= max_loss_increase:
                 policy = policy_of(chosen, config)
                 measured = quality.change(policy)
@@ -188,16 +191,27 @@ def _used_from(config: MuseConfig, length: int, device: torch.device) -> MuseCon
 
 
 def assignments(options: Mapping[int, Sequence[Option]]) -> Iterator[dict[int, Option]]:
-    """Options for all layers, from the fastest to exact attention everywhere, as the price on harm rises."""
+    """Options for all layers, each assignment once, from the fastest on as the price on harm rises.
+
+    What layers cost on their own may not add up, and a step that happens to cost nothing keeps its place at
+    any price. So last come the steps of the ladder that all layers share, exact attention among them, again
+    the fastest first.
+    """
     pairs = (pair for layer in options.values() for pair in combinations(layer, 2))
     prices = {(b.ms - a.ms) / (a.cost - b.cost) for a, b in pairs if (b.ms - a.ms) * (a.cost - b.cost) > 0}
-    for price in [0.0, *sorted(prices)]:
-        above = price * (1 + 1e-9)  # where one option overtakes another
-        yield {
-            layer: min(choices, key=lambda option: (option.ms + above * option.cost, option.cost))
-            for layer, choices in options.items()
-        }
-    yield {layer: choices[-1] for layer, choices in options.items()}
+    priced = (
+        [
+            min(choices, key=lambda option: (option.ms + above * option.cost, option.cost))
+            for choices in options.values()
+        ]
+        for above in (price * (1 + 1e-9) for price in [0.0, *sorted(prices)])  # where one overtakes another
+    )
+    shared = sorted(zip(*options.values()), key=lambda step: sum(option.ms for option in step))
+    seen = []
+    for assignment in chain(priced, map(list, shared)):
+        if assignment not in seen:
+            seen.append(assignment)
+            yield dict(zip(options, assignment))
 
 
 def policy_of(chosen: Mapping[int, Option], config: MuseConfig) -> MuseConfig:
@@ -280,8 +294,11 @@ class Recommendation:
         else:
             lines.append(
                 f"Recommended: {self.best.config.describe()}, the fastest of them, "
-                f"{exact.ms / self.best.ms:.2f}x as fast as exact attention."
+                f"{exact.ms / self.best.ms:.2f}x as fast as exact attention:"
             )
+            fields = ("local_block", "cluster_size", "num_retrieved", "retrieval_threshold", "min_length")
+            values = {name: getattr(self.best.config, name) for name in fields}
+            lines.append(f"MuseConfig({', '.join(f'{k}={v}' for k, v in values.items() if v is not None)})")
         return "\n".join(lines)
 
 
@@ -303,7 +320,11 @@ def recommend_config(
     base = transformers_model(model)
     check_budget(max_loss_increase)
     check_windows(base.config, list(range(base.config.num_hidden_layers)))
-    input_ids = check_input(base, input_ids, [MuseConfig(local_block=_LOCAL_BLOCKS[0])])
+    check_input(base, input_ids, [])
+    length = input_ids.shape[1]
+    # Of a text that is shorter than any block that pays, a quarter.
+    blocks = [block for block in _LOCAL_BLOCKS if block < length] or [max(1, length // 4)]
+    input_ids = check_input(base, input_ids, [MuseConfig(local_block=blocks[0])])
     settings = [
         MuseConfig(
             local_block=block,
@@ -311,10 +332,9 @@ def recommend_config(
             num_retrieved=_RETRIEVED_KEYS // size,
             retrieval_threshold=threshold,
         )
-        for block, size, threshold in product(_LOCAL_BLOCKS, _CLUSTER_SIZES, _THRESHOLDS)
-        if block < input_ids.shape[1]
+        for block, size, threshold in product(blocks, _CLUSTER_SIZES, _THRESHOLDS)
     ]
-    settings = [_used_from(config, input_ids.shape[1], base.device) for config in settings]
+    settings = [_used_from(config, length, base.device) for config in settings]
     forward = partial(hidden_states, base, input_ids[:1])
     with temporary_policy(base):
         quality = Quality(base, input_ids)

@@ -7,9 +7,11 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from muse_hf.choosing import recommend_config
@@ -68,6 +70,10 @@ def _profile(arguments: argparse.Namespace) -> None:
     if arguments.heat_map:
         with _refusals(ImportError):  # before the work, not after it
             importlib.import_module("muse_hf.plots")
+    if arguments.layers == "auto":
+        raise UsageError(
+            "--layers auto chooses settings, which is for evaluate; profile tries one in each layer"
+        )
     model, input_ids = _model_and_text(arguments)
     profile = profile_layers(model, input_ids, _policy(arguments, model))
     if arguments.heat_map:
@@ -82,17 +88,26 @@ def _recommend(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    if arguments.save and os.path.exists(arguments.save):
-        raise UsageError(f"{arguments.save!r} exists already and is not overwritten")
+    if arguments.save:
+        if os.path.exists(arguments.save):
+            raise UsageError(f"{arguments.save!r} exists already and is not overwritten")
+        with _refusals(OSError):  # before the work, not after it
+            os.makedirs(os.path.dirname(os.path.abspath(arguments.save)), exist_ok=True)
     model, input_ids = _model_and_text(arguments)
     report = _patched(arguments, model)
     evaluation = evaluate_policy(model, input_ids, model_policy(model.config))
     if arguments.save:
         model.save_pretrained(arguments.save)
         _tokenizer(arguments).save_pretrained(arguments.save)
-    if not arguments.json:
-        print(report, end="\n\n")
-    _show(arguments, evaluation)
+    if arguments.json:
+        chosen = (
+            {"choice": asdict(report.choice) | {"policy": report.choice.policy.to_dict()}}
+            if report.choice
+            else {}
+        )
+        print(json.dumps(evaluation.to_dict() | chosen, indent=2))
+    else:
+        print(f"{report}\n\n{evaluation}")
 
 
 def _patched(arguments: argparse.Namespace, model: PreTrainedModel) -> PatchReport:
@@ -143,6 +158,10 @@ def _model_and_text(arguments: argparse.Namespace) -> tuple[PreTrainedModel, tor
     try:
         config = AutoConfig.from_pretrained(arguments.model)
     except (OSError, ValueError) as error:
+        if os.path.exists(os.path.join(arguments.model, "adapter_config.json")):
+            raise UsageError(
+                f"{arguments.model!r} is a PEFT adapter: merge_and_unload it into its model, and save that"
+            ) from error
         raise UsageError(f"no model could be opened at {arguments.model!r}") from error
     check_family(config)
     check_length(config, arguments.length)
@@ -150,7 +169,7 @@ def _model_and_text(arguments: argparse.Namespace) -> tuple[PreTrainedModel, tor
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = arguments.dtype or ("float32" if device == "cpu" else "auto")
     model_class = AutoModel if is_encoder(config) else AutoModelForCausalLM
-    with _refusals(OSError, ValueError, RuntimeError):
+    with _refusals(OSError, ValueError, RuntimeError, AssertionError, SafetensorError):
         model = model_class.from_pretrained(arguments.model, dtype=dtype, attn_implementation="sdpa")
         return model.to(device).eval(), input_ids
 
@@ -166,7 +185,7 @@ def _tokenizer(arguments: argparse.Namespace) -> Any:
 def _policy(arguments: argparse.Namespace, model: PreTrainedModel) -> MuseConfig:
     """The model's own policy or the default one, changed by the options that were given."""
     fields = ("num_retrieved", "retrieval_threshold", "cluster_size", "local_block", "min_length")
-    given = {name: value for name in fields if (value := getattr(arguments, name)) is not None}
+    given = {name: value for name in fields if (value := getattr(arguments, name, None)) is not None}
     if arguments.layers in ("all", "auto"):
         given["layers"] = None
     elif arguments.layers is not None:
@@ -176,7 +195,7 @@ def _policy(arguments: argparse.Namespace, model: PreTrainedModel) -> MuseConfig
             raise UsageError(
                 f"--layers {arguments.layers!r} must be all, auto, or numbers such as 2,3"
             ) from None
-    with _refusals(ValueError):
+    with _refusals(ValueError, TypeError):
         policy = (MuseConfig.paper() if arguments.paper else model_policy(model.config)).replace(**given)
         policy.layer_indices(model.config.num_hidden_layers)
         return policy
@@ -214,6 +233,7 @@ def _parser() -> argparse.ArgumentParser:
         "Layers that use MuSe: all, numbers such as 2,3, or auto, which measures on --calibration and gives "
         "every layer the fastest setting within the budget (default: those of the model, or all).",
     )
+    evaluate.add_argument("--min-length", type=int, help="Shorter sequences are attended exactly (0: none).")
     evaluate.add_argument("--calibration", nargs="+", metavar="FILE", help="Text for --layers auto.")
     _add_budget(evaluate)
     evaluate.add_argument("--save", metavar="FOLDER", help="Save the patched model, with its policy, there.")
@@ -259,7 +279,6 @@ def _add_policy(parser: argparse.ArgumentParser, layers: str) -> None:
     )
     parser.add_argument("--cluster-size", type=int, help="Mean number of keys in a cluster.")
     parser.add_argument("--local-block", type=int, help="Tokens attended exactly around each token.")
-    parser.add_argument("--min-length", type=int, help="Shorter sequences are attended exactly (0: none).")
     parser.add_argument("--paper", action="store_true", help="Start from the paper's setting instead.")
 
 

@@ -10,6 +10,7 @@ from muse_hf.config import MuseConfig
 from muse_hf.models import (
     InputError,
     check_length,
+    check_uses_muse,
     hidden_states,
     predicts_next_token,
     temporary_policy,
@@ -86,7 +87,8 @@ def evaluate_policy(model: torch.nn.Module, input_ids: torch.Tensor, policy: Mus
         input_ids: (B, N) tokens without padding, at least 16 a row.
 
     Raises:
-        InputError: The model has no next-token loss, or the text has the wrong length.
+        InputError: The model has no next-token loss, the text has the wrong length, or all layers attend
+            exactly at it.
     """
     base = transformers_model(model)
     if not predicts_next_token(base):
@@ -94,6 +96,7 @@ def evaluate_policy(model: torch.nn.Module, input_ids: torch.Tensor, policy: Mus
     if input_ids.shape[1] < 2 * PARTS:
         raise InputError(f"{input_ids.shape[1]} tokens are too few for a loss in each eighth of them")
     check_length(base.config, input_ids.shape[1])
+    check_uses_muse(base, policy, input_ids.shape[1])
     rows = input_ids.to(base.device).split(1)
 
     def measured(policy: MuseConfig) -> Measured:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from muse_hf.adapter import NAME
 from muse_hf.config import MuseConfig
-from muse_hf.routing import check_family
+from muse_hf.routing import check_family, shortest_length
 
 # Families with an embedding for every position, which therefore have a longest input.
 _LEARNED_POSITIONS = ("bert", "gpt2")
@@ -57,6 +57,18 @@ def check_length(model_config: Any, length: int) -> None:
     if model_config.model_type in _LEARNED_POSITIONS and length > limit:
         raise InputError(
             f"the {model_config.model_type!r} model has {limit} positions and cannot read {length} tokens"
+        )
+
+
+def check_uses_muse(model: PreTrainedModel, policy: MuseConfig, length: int) -> None:
+    """Refuse to compare exact attention with itself: layers of which none uses MuSe at this length."""
+    num_layers = model.config.num_hidden_layers
+    configs = [policy.for_layer(layer, num_layers) for layer in policy.layer_indices(num_layers)]
+    limits = [max(config.local_block + 1, shortest_length(config, model.device)) for config in configs]
+    if limits and length < min(limits):
+        raise InputError(
+            f"{length} tokens are attended exactly, and MuSe is used from {min(limits)} on, so that there is "
+            "nothing to compare: give longer text, or a smaller local_block or min_length"
         )
 
 

@@ -18,7 +18,7 @@ except ImportError as error:
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.colors import LogNorm
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 _SMALLEST_ERROR = 1e-3  # percent: below this nothing is worth telling apart, and the colours end
 _MOST_LABELLED = 16  # heads of which each cell still has room for its number
@@ -26,6 +26,8 @@ _MOST_LABELLED = 16  # heads of which each cell still has room for its number
 
 def plot_profile(profile: "Profile", path: str | Path) -> None:
     """Output error, layers x heads, as a heat map, and beside it the harm of each layer as bars."""
+    if not profile.layers:
+        raise ValueError("no layer uses MuSe, so that there is nothing to draw")
     layers = [entry.layer for entry in profile.layers]
     errors = 100 * np.array([entry.output_error for entry in profile.layers])
     harms = [100 * entry.harm for entry in profile.layers]
@@ -40,7 +42,10 @@ def plot_profile(profile: "Profile", path: str | Path) -> None:
     left.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=_MOST_LABELLED))
     if num_heads <= _MOST_LABELLED:
         _label_cells(left, image, errors)
-    figure.colorbar(image, ax=left, format=FuncFormatter(lambda value, _: f"{value:.2g}"), pad=0.02)
+    colorbar = figure.colorbar(
+        image, ax=left, format=FuncFormatter(lambda value, _: f"{value:.2g}"), pad=0.02
+    )
+    colorbar.ax.yaxis.set_minor_formatter(NullFormatter())
     right.barh(range(num_layers), harms, color="#d1603d")
     right.axvline(0, color="black", linewidth=0.8)
     harm = "error of the model's output" if profile.exact_loss is None else "increase of the loss"

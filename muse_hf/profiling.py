@@ -28,10 +28,11 @@ from muse_hf.models import (
 )
 from muse_hf.reference.attention import merge
 from muse_hf.reference.exact import exact_forward
-from muse_hf.routing import check_windows, is_cross_attention, model_policy
+from muse_hf.routing import check_windows, is_cross_attention, model_policy, shortest_length
 
-# Tokens whose mean change of the loss counts as one observation: neighbours are not independent.
-_OBSERVED_TOKENS = 256
+# Tokens whose mean change of the loss counts as one observation: neighbours are not independent. Fewer where
+# there would be few observations.
+_OBSERVED_TOKENS, _FEWEST_PIECES = 256, 8
 # Logits that exist at once while exact attention is computed a part of the queries at a time.
 _LOGITS = 1 << 25
 # How often attention is timed, and how many calls an accelerator gets each time.
@@ -75,6 +76,7 @@ class Profile:
         device, dtype: Where and in which precision it ran.
         rows, length: The sequences it ran on.
         exact_loss: Loss with exact attention in nats per token; None for a model without one.
+        exact_below: Length from which a patched model uses MuSe on this device, if the sequences are shorter.
         layers: One entry for every layer that was tried, in order.
     """
 
@@ -84,6 +86,7 @@ class Profile:
     rows: int
     length: int
     exact_loss: float | None
+    exact_below: int | None
     layers: list[LayerProfile]
 
     def by_harm(self) -> list[int]:
@@ -130,7 +133,13 @@ class Profile:
                 f"{alone:>31}"
             )
         order = ", ".join(map(str, self.by_harm()))
-        return "\n".join([*lines, f"layers by harm, worst first: {order}"])
+        lines.append(f"layers by harm, worst first: {order}")
+        if self.exact_below is not None:
+            lines.append(
+                f"a patched model attends exactly to fewer than {self.exact_below} tokens here, unless "
+                f"MuseConfig(min_length={self.length}) or less says otherwise"
+            )
+        return "\n".join(lines)
 
 
 def profile_layers(
@@ -158,6 +167,7 @@ def profile_layers(
     num_layers = base.config.num_hidden_layers
     candidates = {layer: [policy.for_layer(layer, num_layers)] for layer in policy.layer_indices(num_layers)}
     profiles, quality = measure_layers(base, input_ids, candidates)
+    shortest = max((shortest_length(c, base.device) for (c,) in candidates.values()), default=0)
     return Profile(
         model=type(base).__name__,
         device=device_name(base.device),
@@ -165,6 +175,7 @@ def profile_layers(
         rows=input_ids.shape[0],
         length=input_ids.shape[1],
         exact_loss=quality.exact_loss,
+        exact_below=shortest if input_ids.shape[1] < shortest else None,
         layers=[profiles[layer][0] for layer in candidates],
     )
 
@@ -262,8 +273,9 @@ class Quality:
             return Change(error, error, 0.0)
         losses = torch.cat(differences).double()
         change = losses.mean().item()
-        pieces = torch.stack([piece.mean() for piece in losses.flatten().split(_OBSERVED_TOKENS)])
-        error = pieces.std(correction=0).item() / len(pieces) ** 0.5
+        size = max(1, min(_OBSERVED_TOKENS, losses.numel() // _FEWEST_PIECES))
+        pieces = torch.stack([piece.mean() for piece in losses.flatten().split(size)])
+        error = pieces.std().item() / len(pieces) ** 0.5
         return Change(change, change / self.exact_loss, error / self.exact_loss)
 
 

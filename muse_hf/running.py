@@ -1,13 +1,17 @@
 """`muse-hf run`: another Python program in this process, which has the attention "muse" registered."""
 
 import importlib.util
+import re
 import runpy
 import shutil
 import sys
+import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 
 from muse_hf.text import UsageError
+
+_SCRIPTS = sysconfig.get_path("scripts")
 
 
 def run_program(command: Sequence[str]) -> None:
@@ -19,7 +23,7 @@ def run_program(command: Sequence[str]) -> None:
     Raises:
         UsageError: There is no such program, or it is not a Python program.
     """
-    if command and Path(command[0]).name.startswith("python") and len(command) > 1:
+    if len(command) > 1 and re.fullmatch(r"python[\d.]*(\.exe)?", Path(command[0]).name):
         command = command[1:]
     if not command:
         raise UsageError("no command was given: muse-hf run -- script.py arguments")
@@ -30,6 +34,8 @@ def run_program(command: Sequence[str]) -> None:
         sys.argv, sys.path[0] = list(arguments), ""
         runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
         return
+    if name.startswith("-"):
+        raise UsageError(f"{name} is an option of Python, which has started already: give it to that one")
     path = _python_file(name)
     sys.argv, sys.path[0] = [path, *arguments], str(Path(path).resolve().parent)
     runpy.run_path(path, run_name="__main__")
@@ -46,7 +52,8 @@ def _module_exists(name: str) -> bool:
 
 
 def _python_file(name: str) -> str:
-    path = name if Path(name).is_file() else shutil.which(name)
+    # Console commands of an environment are beside its Python, also where it was not activated.
+    path = name if Path(name).is_file() else shutil.which(name) or shutil.which(name, path=_SCRIPTS)
     if path is None:
         raise UsageError(f"there is no program {name!r}")
     head = Path(path).read_bytes()[:512]

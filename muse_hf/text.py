@@ -6,6 +6,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+# Characters of text looked at for each token, and tokens at the end of a piece that the cut may change.
+_CHARACTERS, _CUT = 8, 16
+
 
 class UsageError(Exception):
     """What was asked for cannot be done; the message is one sentence for the user."""
@@ -16,14 +19,18 @@ def token_rows(
 ) -> torch.Tensor:
     """The first `rows` x `length` tokens of files, and of all text files below folders, joined in order.
 
-    A file ends with the tokenizer's end-of-text token, if it has one. Files that are not UTF-8 are left out.
+    A file ends with the tokenizer's end-of-text token, if it has one. Below folders, hidden files and those
+    that are not UTF-8 are left out.
 
     Raises:
-        UsageError: A path does not exist, or the text is too short.
+        UsageError: A path does not exist or is a file that is not UTF-8, or the text is too short.
     """
     tokens: list[int] = []
     for text in _texts(paths):
-        tokens += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        missing = rows * length - len(tokens)
+        # Of a large file the beginning is enough, and a little more: at its end tokens may be cut.
+        found = _tokens(tokenizer, text[: _CHARACTERS * (missing + 1)])
+        tokens += found if len(found) > missing + _CUT else _tokens(tokenizer, text)
         if tokenizer.eos_token_id is not None:
             tokens.append(tokenizer.eos_token_id)
         if len(tokens) >= rows * length:
@@ -34,13 +41,24 @@ def token_rows(
     )
 
 
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
 def _texts(paths: Sequence[str]) -> Iterator[str]:
     for path in map(Path, paths):
         if not path.exists():
             raise UsageError(f"there is no file or folder {str(path)!r}")
-        files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        files = sorted(_visible_files(path)) if path.is_dir() else [path]
         for file in files:
             try:
                 yield file.read_text(encoding="utf-8")
-            except UnicodeDecodeError:
-                continue
+            except UnicodeDecodeError as error:
+                if file == path:
+                    raise UsageError(f"{str(path)!r} is not UTF-8 text") from error
+
+
+def _visible_files(folder: Path) -> Iterator[Path]:
+    for file in folder.rglob("*"):
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts):
+            yield file

@@ -30,7 +30,8 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("long")
     tiny_model("llama", vocab_size=257).float().save_pretrained(path / "llama")
     tiny_model("gpt2", vocab_size=257).float().save_pretrained(path / "gpt2")
-    for family in ("llama", "gpt2"):
+    tiny_model("bert", vocab_size=257).float().save_pretrained(path / "bert")
+    for family in ("llama", "gpt2", "bert"):
         byte_tokenizer().save_pretrained(path / family)
     BloomConfig(hidden_size=8, n_head=1, n_layer=1).save_pretrained(path / "bloom")
     path.joinpath("text.txt").write_text("".join(f"Line {n} of the text. " for n in range(120)))
@@ -50,7 +51,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 def test_tasks_hide_their_answer_where_they_say():
     tokenizer = byte_tokenizer()
     text = tokenizer("abcdefgh " * 100)["input_ids"]
-    tasks = list(make_tasks(tokenizer, text, [256, 320], depths=3, samples=2))
+    tasks = list(make_tasks(tokenizer, len(tokenizer), text, [256, 320], depths=3, samples=2))
     assert len(tasks) == 2 * 2 * (2 * 3 + 1)
     for task in tasks:
         assert task.input_ids.shape == (1, task.length)
@@ -69,7 +70,7 @@ def test_tasks_hide_their_answer_where_they_say():
 
 def test_a_score_is_the_share_of_right_tokens():
     model = tiny_model("llama", vocab_size=257).float()
-    task = next(make_tasks(byte_tokenizer(), list(range(200)) * 2, [256], depths=1, samples=1))
+    task = next(make_tasks(byte_tokenizer(), 257, list(range(200)) * 2, [256], depths=1, samples=1))
     logits = model(input_ids=task.input_ids).logits[0, -task.answer - 1 : -1]
     answer = task.input_ids[0, -task.answer :]
     accuracy, loss = score(model, task)
@@ -84,7 +85,11 @@ def test_the_small_model_copies_and_learns(monkeypatch):
         monkeypatch.setattr(small_model, "STEPS", steps)
         model, tokenizer = small_model.make_small_model(corpus)
         text = tokenizer(" ".join(corpus.texts(held_out=False)))["input_ids"]
-        tasks = [task for task in make_tasks(tokenizer, text, [512], 1, 3) if task.name == "copying"]
+        tasks = [
+            task
+            for task in make_tasks(tokenizer, len(tokenizer), text, [512], 1, 3)
+            if task.name == "copying"
+        ]
         copied = sum(score(model, task)[0] for task in tasks) / len(tasks)
         assert copied > 0.3, f"after {steps} steps {copied:.0%} of random tokens are copied"
         with torch.no_grad():
@@ -125,6 +130,9 @@ def test_a_run_leaves_tables_and_pictures(settings, folder, tmp_path, capsys):
         ({"model": "nowhere"}, "could not be opened"),
         ({"model": "bloom"}, "not supported for model type 'bloom'"),
         ({"model": "gpt2"}, "has 128 positions"),
+        ({"model": "bert"}, "is an encoder, which does not predict the next token"),
+        ({"arguments": ["--local_block", 320]}, "320 tokens are attended exactly"),
+        ({"arguments": ["--new_tokens", 320]}, "--new_tokens must be fewer than"),
         ({"text": "nowhere"}, "there is no file or folder"),
         ({"arguments": ["--lengths", 100000]}, "the text fills 0 rows of 100000 tokens, but 2 are needed"),
         ({"arguments": ["--lengths", 100]}, "--lengths must be at least 256"),

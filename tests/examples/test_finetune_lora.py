@@ -33,7 +33,10 @@ def folder(tmp_path_factory):
     """A model, a folder of texts that all say the same, and a task of which the answer is in the prompt."""
     path = tmp_path_factory.mktemp("finetune")
     for family in ("llama", "gpt2"):
-        tiny_model(family, vocab_size=257).float().save_pretrained(path / family)
+        model = tiny_model(family, vocab_size=257).float()
+        if family == "gpt2":
+            model.config.attn_pdrop = 0.1  # as Transformers' default
+        model.save_pretrained(path / family)
         byte_tokenizer().save_pretrained(path / family)
     tiny_model("llama", vocab_size=257).float().save_pretrained(path / "llama_without_tokenizer")
     path.joinpath("text").mkdir()
@@ -214,6 +217,14 @@ def test_only_answers_have_labels(folder):
     assert tokenizer.decode(longer[0].input_ids) == "w 0. no", "the start of a long prompt is left out"
 
 
+def test_line_breaks_inside_of_strings_are_no_new_rows(folder, tmp_path):
+    rows = [json.dumps({"prompt": f"a\u2028b {n}", "answer": "c"}, ensure_ascii=False) for n in range(10)]
+    task = tmp_path / "task.jsonl"
+    task.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    train, test = task_examples(TaskArguments(task_file=str(task)), byte_tokenizer(), 64, 20)
+    assert (len(train), len(test)) == (8, 2)
+
+
 def test_auto_is_calibrated_on_what_is_trained_on(folder, tmp_path, capsys):
     how = ["--steps", 1, "--layers", "auto", "--max_loss_increase", 0.5, "--output_dir", tmp_path / "out"]
     assert run(folder, "--text", folder / "text", *TINY, *MUSE, *how) == 0
@@ -236,6 +247,8 @@ def test_auto_is_calibrated_on_what_is_trained_on(folder, tmp_path, capsys):
         (["--text", "{}/text", "--length", 2], "--length must be at least 16"),
         (["--text", "{}/text", "--output_dir", "{}"], "exists already"),
         (["--text", "{}/text", "--layers", "9"], "layer 9 is out of range"),
+        (["--text", "{}/text", "--local_block", 64], "64 tokens are attended exactly"),
+        (["--text", "{}/text/00.txt"], "fewer than 20 documents leave none to test on"),
     ],
     ids=str,
 )

@@ -27,6 +27,9 @@ def folder(tmp_path_factory):
         path.joinpath(f"{name}.txt").write_text(
             f"The {name} text says what it says, and then it goes on. " * 9
         )
+    path.joinpath("adapter").mkdir()
+    path.joinpath("adapter/adapter_config.json").write_text("{}")
+    path.joinpath("picture.txt").write_bytes(b"\x89PNG\xff")
     BloomConfig(hidden_size=8, n_head=1, n_layer=1).save_pretrained(path / "bloom")
     return path
 
@@ -126,7 +129,12 @@ def test_env(capsys):
         ("evaluate bert --length 70", "has no next-token loss"),
         ("evaluate llama --length 70 --save llama", "'llama' exists already and is not overwritten"),
         ("evaluate llama --length 70 --layers auto", "--layers auto needs --calibration"),
-        ("recommend llama --length 70", "not more than local_block=1024"),
+        ("evaluate llama --length 70", "70 tokens are attended exactly, and MuSe is used from 2049 on"),
+        ("evaluate llama --length 70 --save one.txt/x --local-block 32", "one.txt"),
+        ("evaluate adapter --length 70", "is a PEFT adapter: merge_and_unload it"),
+        ("profile llama --length 70 --layers auto", "--layers auto chooses settings, which is for evaluate"),
+        ("profile llama --length 70 --text picture.txt", "'picture.txt' is not UTF-8 text"),
+        ("run -- python -u script.py", "-u is an option of Python"),
         ("run", "no command was given"),
         ("run -- there-is-no-such-program", "there is no program"),
         ("run -- sh", "is not a Python program"),

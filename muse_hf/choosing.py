@@ -194,8 +194,8 @@ def assignments(options: Mapping[int, Sequence[Option]]) -> Iterator[dict[int, O
     """Options for all layers, each assignment once, from the fastest on as the price on harm rises.
 
     What layers cost on their own may not add up, and a step that happens to cost nothing keeps its place at
-    any price. So last come the steps of the ladder that all layers share, exact attention among them, again
-    the fastest first.
+    any price. So last come the steps of the ladder that all layers share, again the fastest first, as far as
+    exact attention.
     """
     pairs = (pair for layer in options.values() for pair in combinations(layer, 2))
     prices = {(b.ms - a.ms) / (a.cost - b.cost) for a, b in pairs if (b.ms - a.ms) * (a.cost - b.cost) > 0}
@@ -206,12 +206,17 @@ def assignments(options: Mapping[int, Sequence[Option]]) -> Iterator[dict[int, O
         ]
         for above in (price * (1 + 1e-9) for price in [0.0, *sorted(prices)])  # where one overtakes another
     )
-    shared = sorted(zip(*options.values()), key=lambda step: sum(option.ms for option in step))
+    exact = [choices[-1] for choices in options.values()]
+    faster = (list(step) for step in zip(*options.values()) if _total_ms(step) < _total_ms(exact))
     seen = []
-    for assignment in chain(priced, map(list, shared)):
+    for assignment in chain(priced, sorted(faster, key=_total_ms), [exact]):
         if assignment not in seen:
             seen.append(assignment)
             yield dict(zip(options, assignment))
+
+
+def _total_ms(options: Sequence[Option]) -> float:
+    return sum(option.ms for option in options)
 
 
 def policy_of(chosen: Mapping[int, Option], config: MuseConfig) -> MuseConfig:
@@ -321,9 +326,11 @@ def recommend_config(
     check_budget(max_loss_increase)
     check_windows(base.config, list(range(base.config.num_hidden_layers)))
     check_input(base, input_ids, [])
-    length = input_ids.shape[1]
+    length, fewest = input_ids.shape[1], 4 * max(_CLUSTER_SIZES)
+    if length < fewest:
+        raise InputError(f"{length} tokens are too few to try settings on: give at least {fewest}")
     # Of a text that is shorter than any block that pays, a quarter.
-    blocks = [block for block in _LOCAL_BLOCKS if block < length] or [max(1, length // 4)]
+    blocks = [block for block in _LOCAL_BLOCKS if block < length] or [length // 4]
     input_ids = check_input(base, input_ids, [MuseConfig(local_block=blocks[0])])
     settings = [
         MuseConfig(

@@ -88,12 +88,12 @@ def _recommend(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    if arguments.save and os.path.exists(arguments.save):
+        raise UsageError(f"{arguments.save!r} exists already and is not overwritten")
+    model, input_ids = _model_and_text(arguments)
     if arguments.save:
-        if os.path.exists(arguments.save):
-            raise UsageError(f"{arguments.save!r} exists already and is not overwritten")
         with _refusals(OSError):  # before the work, not after it
             os.makedirs(os.path.dirname(os.path.abspath(arguments.save)), exist_ok=True)
-    model, input_ids = _model_and_text(arguments)
     report = _patched(arguments, model)
     evaluation = evaluate_policy(model, input_ids, model_policy(model.config))
     if arguments.save:

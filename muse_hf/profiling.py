@@ -233,6 +233,8 @@ def check_input(
             f"{length} tokens are not more than local_block={block}, so that MuSe would attend exactly: give "
             "longer text or a smaller local_block"
         )
+    if length < 3:
+        raise InputError(f"{length} tokens are too few: give at least 3")
     check_length(model.config, length)
     return input_ids.to(model.device)
 

@@ -29,8 +29,11 @@ def token_rows(
     for text in _texts(paths):
         missing = rows * length - len(tokens)
         # Of a large file the beginning is enough, and a little more: at its end tokens may be cut.
-        found = _tokens(tokenizer, text[: _CHARACTERS * (missing + 1)])
-        tokens += found if len(found) > missing + _CUT else _tokens(tokenizer, text)
+        head = text[: _CHARACTERS * (missing + 1)]
+        found = _tokens(tokenizer, head)
+        if len(head) < len(text) and len(found) <= missing + _CUT:
+            found = _tokens(tokenizer, text)
+        tokens += found
         if tokenizer.eos_token_id is not None:
             tokens.append(tokenizer.eos_token_id)
         if len(tokens) >= rows * length:

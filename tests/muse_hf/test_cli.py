@@ -135,6 +135,7 @@ def test_env(capsys):
         ("profile llama --length 70 --layers auto", "--layers auto chooses settings, which is for evaluate"),
         ("profile llama --length 70 --text picture.txt", "'picture.txt' is not UTF-8 text"),
         ("run -- python -u script.py", "-u is an option of Python"),
+        ("recommend llama --length 70", "70 tokens are too few to try settings on"),
         ("run", "no command was given"),
         ("run -- there-is-no-such-program", "there is no program"),
         ("run -- sh", "is not a Python program"),

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from muse_hf.choosing import recommend_config
-from muse_hf.config import MuseConfig
+from muse_hf.config import DEFAULT_CLUSTER_SIZE, MuseConfig
 from muse_hf.environment import environment
 from muse_hf.evaluation import evaluate_policy
 from muse_hf.models import InputError, check_length, is_encoder
@@ -83,8 +83,15 @@ def _profile(arguments: argparse.Namespace) -> None:
 
 
 def _recommend(arguments: argparse.Namespace) -> None:
-    model, input_ids = _model_and_text(arguments)
-    _show(arguments, recommend_config(model, input_ids, arguments.max_loss_increase))
+    found = []
+    for length in sorted(set(arguments.lengths)):
+        arguments.length = length
+        model, input_ids = _model_and_text(arguments)
+        found.append(recommend_config(model, input_ids, arguments.max_loss_increase))
+        if not arguments.json:
+            print(found[-1], end="\n\n" if length < max(arguments.lengths) else "\n")
+    if arguments.json:
+        print(json.dumps([recommendation.to_dict() for recommendation in found], indent=2))
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -238,8 +245,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_budget(evaluate)
     evaluate.add_argument("--save", metavar="FOLDER", help="Save the patched model, with its policy, there.")
 
-    recommend = command("recommend", _recommend, "Measure settings for all layers and name the best one.")
-    _add_model(recommend)
+    recommend = command(
+        "recommend", _recommend, "Measure settings for all layers, and name the best one at each length."
+    )
+    _add_model(recommend, several_lengths=True)
     _add_budget(recommend)
 
     env = command("env", _environment, "Print versions, devices, and the backend and why: for bug reports.")
@@ -252,12 +261,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_model(parser: argparse.ArgumentParser, several_lengths: bool = False) -> None:
     parser.add_argument("model", metavar="MODEL", help="A folder or a name on the Hub.")
     parser.add_argument(
         "--text", nargs="+", required=True, metavar="FILE", help="UTF-8 files, or folders of them."
     )
-    parser.add_argument("--length", type=int, required=True, metavar="N", help="Tokens in a row.")
+    several = {"nargs": "+", "dest": "lengths"} if several_lengths else {}
+    parser.add_argument("--length", type=int, required=True, metavar="N", help="Tokens in a row.", **several)
     parser.add_argument("--rows", type=int, default=1, help="Rows of that length to take from the text.")
     parser.add_argument("--tokenizer", metavar="NAME", help="If the model comes without one.")
     parser.add_argument("--device", help="Such as cuda or cpu (default: cuda where there is one).")
@@ -271,14 +281,25 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_policy(parser: argparse.ArgumentParser, layers: str) -> None:
     parser.add_argument("--layers", metavar="LAYERS", help=layers)
-    parser.add_argument("--num-retrieved", type=int, help="Clusters each query attends to exactly, at most.")
+    usual = MuseConfig()
+    parser.add_argument(
+        "--num-retrieved",
+        type=int,
+        help="Clusters each query attends to exactly, at most (default here and below: the model's own, else "
+        f"{usual.num_retrieved}).",
+    )
     parser.add_argument(
         "--retrieval-threshold",
         type=float,
-        help="Of these, only those whose summary misses at least this share of a query's attention; 0: all.",
+        help="Of these, only those whose summary misses at least this share of a query's attention; 0: all "
+        f"({usual.retrieval_threshold}).",
     )
-    parser.add_argument("--cluster-size", type=int, help="Mean number of keys in a cluster.")
-    parser.add_argument("--local-block", type=int, help="Tokens attended exactly around each token.")
+    parser.add_argument(
+        "--cluster-size", type=int, help=f"Mean number of keys in a cluster ({DEFAULT_CLUSTER_SIZE})."
+    )
+    parser.add_argument(
+        "--local-block", type=int, help=f"Tokens attended exactly around each token ({usual.local_block})."
+    )
     parser.add_argument("--paper", action="store_true", help="Start from the paper's setting instead.")
 
 

@@ -101,6 +101,15 @@ def test_recommend(about, monkeypatch, capsys):
     assert "settings stay within 0.200%" in capsys.readouterr().out
 
 
+def test_recommend_at_several_lengths(about, monkeypatch, capsys):
+    monkeypatch.setattr("muse_hf.choosing._LOCAL_BLOCKS", (32,))
+    monkeypatch.setattr("muse_hf.choosing._CLUSTER_SIZES", (8,))
+    model, *text = about(rows=1)
+    text[text.index("--length") + 1 : text.index("--length") + 2] = [70, 40]
+    assert call("recommend", model, *text, "--json") == 0
+    assert [found["length"] for found in json.loads(capsys.readouterr().out)] == [40, 70]
+
+
 def test_env(capsys):
     assert call("env", "--json") == 0
     found = json.loads(capsys.readouterr().out)

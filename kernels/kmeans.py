@@ -38,6 +38,8 @@ from muse_hf.kernels.replay import fill
 
 # Centroids in a tile, and points that are put in their places at once.
 _LARGEST_TILE, _SORT_TILE = 64, 256
+# Partial results of chunks that are loaded together.
+_TOGETHER = tl.constexpr(4)
 
 
 class Groups(NamedTuple):
@@ -175,10 +177,13 @@ def _means_kernel(
         total = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
         count = tl.zeros([BLOCK_C], tl.int32)
         rows = head.to(tl.int64) * num_sums + set_field(table, number, FIRST_SUM) + clusters
-        for _ in range(set_field(table, number, NUM_SUMS)):
-            total += load_tokens(sums, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
-            count += tl.load(counts + rows, mask=exists, other=0)
-            rows += num_clusters
+        num_chunks = set_field(table, number, NUM_SUMS)
+        for done in range(0, num_chunks, _TOGETHER):
+            for i in tl.static_range(_TOGETHER):  # loads that are under way together
+                inside = clusters < tl.where(done + i < num_chunks, num_clusters, 0)
+                total += load_tokens(sums, rows, inside, HEAD_DIM, HEAD_DIM, BLOCK_D)
+                count += tl.load(counts + rows, mask=inside, other=0)
+                rows += num_clusters
         mean = total / tl.maximum(count, 1).to(tl.float32)[:, None]
         mean = tl.where((count > 0)[:, None], mean.to(c.dtype), c)
         dims = tl.arange(0, BLOCK_D)
@@ -261,11 +266,14 @@ def _sort_kernel(
         exists = bins < num_clusters
         row = set_field(table, number, FIRST_COUNT)
         earlier, total = tl.zeros([BINS], tl.int32), tl.zeros([BINS], tl.int32)
-        for _ in range(set_field(table, number, NUM_COUNTS)):
-            many = tl.load(counts + head.to(tl.int64) * num_counts + row + bins, mask=exists, other=0)
-            earlier += tl.where(row < own_row, many, 0)
-            total += many
-            row += num_clusters
+        num_chunks = set_field(table, number, NUM_COUNTS)
+        for done in range(0, num_chunks, _TOGETHER):
+            for i in tl.static_range(_TOGETHER):
+                inside = bins < tl.where(done + i < num_chunks, num_clusters, 0)
+                many = tl.load(counts + head.to(tl.int64) * num_counts + row + bins, mask=inside, other=0)
+                earlier += tl.where(row < own_row, many, 0)
+                total += many
+                row += num_clusters
         first_point = set_field(table, number, FIRST_POINT)
         starts = first_point + tl.cumsum(total, 0) - total
         begin, end = chunk_field(chunks, chunk, CHUNK_BEGIN), chunk_field(chunks, chunk, CHUNK_END)

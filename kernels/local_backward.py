@@ -48,21 +48,26 @@ class Parts(NamedTuple):
 
 
 @triton.jit
-def _sum_of_parts(
-    parts, bounds, point, block, head, num_points, places, inside,
+def _sums_of_parts(
+    parts, others, bounds, point, block, head, num_points, places, inside,
     NUM_PLACES: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """What lies in the parts (H, points, D) of tokens of a block, if any.
+    """What lies in the parts (H, points, D) of tokens of a block, and in other parts; either may be None.
 
     Gradients begin with it: these loads are under way while the first tile is loaded.
     """
     total = tl.zeros([NUM_PLACES, BLOCK_D], tl.float32)
+    other_total = tl.zeros([NUM_PLACES, BLOCK_D], tl.float32)
     if parts is not None:
-        plane = parts + head * num_points * HEAD_DIM
-        for i in tl.range(tl.load(bounds + block), tl.load(bounds + block + 1), num_stages=3):
-            x = load_tokens(plane, tl.load(point + i) + places, inside, HEAD_DIM, HEAD_DIM, BLOCK_D)
+        plane = head * num_points * HEAD_DIM
+        for i in tl.range(tl.load(bounds + block), tl.load(bounds + block + 1), num_stages=1):
+            points = tl.load(point + i) + places
+            x = load_tokens(parts + plane, points, inside, HEAD_DIM, HEAD_DIM, BLOCK_D)
+            if others is not None:
+                y = load_tokens(others + plane, points, inside, HEAD_DIM, HEAD_DIM, BLOCK_D)
+                other_total += y.to(tl.float32)
             total += x.to(tl.float32)
-    return total
+    return total, other_total
 
 
 @triton.jit
@@ -114,8 +119,8 @@ def _query_kernel(
         own_terms = terms + (head * num_tokens + row.to(tl.int64) * length + tokens) * 2
         query_lse = tl.load(own_terms, mask=inside, other=float("inf"))
         query_delta = tl.load(own_terms + 1, mask=inside, other=0)
-        dq = _sum_of_parts(
-            parts, bounds, point, block, head, num_points, places, inside, BLOCK_Q, HEAD_DIM, BLOCK_D
+        dq, _ = _sums_of_parts(
+            parts, None, bounds, point, block, head, num_points, places, inside, BLOCK_Q, HEAD_DIM, BLOCK_D
         )
         dq = _before_scaling(dq, scale)
         lane = tl.arange(0, BLOCK_K)
@@ -185,13 +190,11 @@ def _key_kernel(
         v_plane = block_plane(value, row, kv_head, begin, stride_vb, stride_vh, stride_vn)
         k = load_places(k_plane, places, inside, stride_kn, HEAD_DIM, BLOCK_D)
         v = load_places(v_plane, places, inside, stride_vn, HEAD_DIM, BLOCK_D)
-        dk = _sum_of_parts(
-            key_parts, bounds, point, block, kv_head, num_points, places, inside, BLOCK_K, HEAD_DIM, BLOCK_D
-        )
+        dk, dv = _sums_of_parts(
+            key_parts, value_parts, bounds, point, block, kv_head, num_points, places, inside,
+            BLOCK_K, HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
         dk = _before_scaling(dk, scale)
-        dv = _sum_of_parts(
-            value_parts, bounds, point, block, kv_head, num_points, places, inside, BLOCK_K, HEAD_DIM, BLOCK_D
-        )
         lane = tl.arange(0, BLOCK_Q)
         for group in range(GROUP_HEADS):
             head = kv_head * GROUP_HEADS + group

@@ -11,6 +11,7 @@ that what kernels make are plain arrays (heads, rows), (heads, points) and (head
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -65,6 +66,7 @@ class Sizes:
         num_slots: Places for the members of all clusters of keys.
         num_pairs: Pairs of a cluster of queries and a cluster of keys that meet.
         max_clusters: Largest number of clusters in a set.
+        multiple: Largest power of two, up to 16, of which all numbers of clusters are multiples.
         max_key_points, max_capacity: Largest number of points of a set of keys, and of members of a cluster.
     """
 
@@ -76,6 +78,7 @@ class Sizes:
     num_slots: int
     num_pairs: int
     max_clusters: int
+    multiple: int
     max_key_points: int
     max_capacity: int
 
@@ -123,6 +126,7 @@ def sizes_of(keys: list[PointSet], queries: list[PointSet]) -> Sizes:
         num_slots=sum(s.num_clusters * s.capacity for s in keys),
         num_pairs=sum(s.num_clusters * q.num_clusters for s, q in zip(keys, queries)),
         max_clusters=max(s.num_clusters for s in keys + queries),
+        multiple=gcd(16, *(s.num_clusters for s in keys + queries)),
         max_key_points=max((s.num_points for s in keys), default=0),
         max_capacity=max((s.capacity for s in keys), default=0),
     )

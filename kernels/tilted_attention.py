@@ -177,7 +177,7 @@ def fake(query, key, value, scale, sequences, block, clusters, capacities, own, 
     results += [vectors(heads, sizes.num_pairs), vectors(heads, sizes.num_pairs)]
     if dipole:
         results += [vectors(kv_heads, sizes.num_key_rows, head_dim)]
-        results += [log(2, kv_heads, sizes.num_key_rows, head_dim)]
+        results += [vectors(2, kv_heads, sizes.num_key_rows, 2)]
         results += [vectors(heads, sizes.num_query_rows, head_dim), log(heads, sizes.num_query_rows)]
     return results
 

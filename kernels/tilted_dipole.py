@@ -19,15 +19,20 @@ _TILE, _PARTS, _MIXED = 64, 8, 64
 
 
 @triton.jit
-def _row_total(log_mass, pairs, a, num_centroids, num_clusters, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr):
-    """logsumexp_j L_aj of a tile of query centroids, given where the pairs of their set begin."""
-    top = tl.full([BLOCK_A], -1e30, tl.float32)
-    total = tl.zeros([BLOCK_A], tl.float32)
-    for first in range(0, num_clusters, BLOCK_C):
-        j = first + tl.arange(0, BLOCK_C)
-        exists = (a < num_centroids)[:, None] & (j < num_clusters)[None, :]
-        at = log_mass + pairs + a[:, None] * num_clusters + j[None, :]
-        mass = tl.load(at, mask=exists, other=-float("inf"))
+def _masses(log_mass, pairs, a, j, num_centroids, num_clusters):
+    """L of a tile (centroids, clusters), given where the pairs of their set begin; -inf outside."""
+    exists = (a < num_centroids)[:, None] & (j < num_clusters)[None, :]
+    at = log_mass + pairs + a[:, None] * num_clusters + j[None, :]
+    return tl.load(at, mask=exists, other=-float("inf"))
+
+
+@triton.jit
+def _row_total(log_mass, pairs, a, num_centroids, num_clusters, BLOCK: tl.constexpr, ONE_TILE: tl.constexpr):
+    """logsumexp_j L_aj of a tile of query centroids."""
+    top = tl.full([BLOCK], -1e30, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, BLOCK if ONE_TILE else num_clusters, BLOCK):
+        mass = _masses(log_mass, pairs, a, first + tl.arange(0, BLOCK), num_centroids, num_clusters)
         new_top = tl.maximum(top, tl.max(mass, 1))
         total = total * tl.exp(top - new_top) + tl.sum(tl.exp(mass - new_top[:, None]), 1)
         top = new_top
@@ -35,20 +40,33 @@ def _row_total(log_mass, pairs, a, num_centroids, num_clusters, BLOCK_A: tl.cons
 
 
 @triton.jit
-def _shares(
-    log_mass, log_total, pairs, query_rows, x, y, num_centroids, num_clusters, TO_KEYS: tl.constexpr,
-    BLOCK: tl.constexpr,
+def _shares_of_keys(log_mass, log_total, pairs, query_rows, j, a, num_centroids, num_clusters):
+    """π of a tile (clusters, centroids)."""
+    total = tl.load(log_total + query_rows + a, mask=a < num_centroids, other=0)
+    return tl.trans(tl.exp(_masses(log_mass, pairs, a, j, num_centroids, num_clusters) - total[:, None]))
+
+
+@triton.jit
+def _weights(
+    log_mass, log_total, total, factor, pairs, query_rows, x, y, num_centroids, num_clusters,
+    TO_KEYS: tl.constexpr,
 ):  # fmt: skip
-    """π of a tile (x, y) of (centroids, clusters), or TO_KEYS of (clusters, centroids)."""
+    """What targets x are mixed by of sources y, see `_mix_kernel`."""
     if TO_KEYS:
-        exists = (x < num_clusters)[:, None] & (y < num_centroids)[None, :]
-        at = pairs + y[None, :] * num_clusters + x[:, None]
-        total = tl.load(log_total + query_rows + y, mask=y < num_centroids, other=0)[None, :]
+        share = _shares_of_keys(log_mass, log_total, pairs, query_rows, x, y, num_centroids, num_clusters)
+        share *= factor[:, None]
     else:
-        exists = (x < num_centroids)[:, None] & (y < num_clusters)[None, :]
-        at = pairs + x[:, None] * num_clusters + y[None, :]
-        total = _row_total(log_mass, pairs, x, num_centroids, num_clusters, BLOCK, BLOCK)[:, None]
-    return tl.exp(tl.load(log_mass + at, mask=exists, other=-float("inf")) - total)
+        share = tl.exp(_masses(log_mass, pairs, x, y, num_centroids, num_clusters) - total[:, None])
+    return share
+
+
+@triton.jit
+def _sizes_of_set(table, number, queries, head, num_pairs, MULTIPLE: tl.constexpr):
+    """Numbers of clusters and of centroids, and where pairs begin: as they are multiples, loads are wide."""
+    num_clusters = tl.multiple_of(set_field(table, number, CLUSTERS), MULTIPLE)
+    num_centroids = tl.multiple_of(set_field(table, queries, CLUSTERS), MULTIPLE)
+    pairs = head * num_pairs + set_field(table, queries, FIRST_PAIR)
+    return num_clusters, num_centroids, tl.multiple_of(pairs, MULTIPLE)
 
 
 @triton.jit
@@ -56,7 +74,7 @@ def _mix_kernel(
     table, log_mass, log_total, held, source, target, covariance, products,
     num_key_sets, num_key_rows, num_query_rows, num_pairs, tiles_of_targets,
     TO_KEYS: tl.constexpr, GROUP_HEADS: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr,
-    BLOCK_X: tl.constexpr, BLOCK_E: tl.constexpr, ONE_TILE: tl.constexpr,
+    BLOCK_X: tl.constexpr, BLOCK_E: tl.constexpr, ONE_TILE: tl.constexpr, MULTIPLE: tl.constexpr,
 ):  # fmt: skip
     """Matrices of D * D = SIZE numbers mixed by π: M_a = Σ_j π_aj Cov_j, or TO_KEYS dCov_j = Σ_a π_aj dM_a.
 
@@ -67,14 +85,14 @@ def _mix_kernel(
     """
     part, number, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     queries = number + num_key_sets
-    num_clusters, num_centroids = set_field(table, number, CLUSTERS), set_field(table, queries, CLUSTERS)
-    pairs = head * num_pairs + set_field(table, queries, FIRST_PAIR)
+    num_clusters, num_centroids, pairs = _sizes_of_set(table, number, queries, head, num_pairs, MULTIPLE)
     query_rows = head * num_query_rows + set_field(table, queries, FIRST_ROW) - num_key_rows
     key_row = set_field(table, number, FIRST_ROW)
     key_rows = head // GROUP_HEADS * num_key_rows + key_row
     begin = part // tiles_of_targets * PART
     lane = tl.arange(0, BLOCK_X)
     x = part % tiles_of_targets * BLOCK_X + lane
+    total, factor = None, None
     if TO_KEYS:
         num_x, num_y = num_clusters, num_centroids
         target += (head * num_key_rows + key_row) * SIZE
@@ -86,15 +104,13 @@ def _mix_kernel(
         num_x, num_y = num_centroids, num_clusters
         target += query_rows * SIZE
         source += key_rows * SIZE
-        factor = tl.full([BLOCK_X], 1, tl.float32)
-        if begin == 0:
-            total = _row_total(log_mass, pairs, x, num_centroids, num_clusters, BLOCK_X, BLOCK_X)
-            tl.store(log_total + query_rows + x, total, mask=x < num_x)
+        total = _row_total(log_mass, pairs, x, num_centroids, num_clusters, BLOCK_X, ONE_TILE)
     if ONE_TILE:
-        share = _shares(
-            log_mass, log_total, pairs, query_rows, x, lane, num_centroids, num_clusters, TO_KEYS, BLOCK_X
-        )
-        share = (share * factor[:, None]).to(source.dtype.element_ty)
+        share = _weights(
+            log_mass, log_total, total, factor, pairs, query_rows, x, lane, num_centroids, num_clusters,
+            TO_KEYS,
+        )  # fmt: skip
+        share = share.to(source.dtype.element_ty)
         product = tl.zeros([BLOCK_X, BLOCK_X], tl.float32)
     for e in range(begin, tl.minimum(begin + PART, SIZE), BLOCK_E):
         if TO_KEYS:
@@ -104,11 +120,11 @@ def _mix_kernel(
             y = first + lane
             matrices = load_tokens(source, y, y < num_y, SIZE, SIZE, BLOCK_E, e)
             if not ONE_TILE:
-                share = _shares(
-                    log_mass, log_total, pairs, query_rows, x, y, num_centroids, num_clusters, TO_KEYS,
-                    BLOCK_X,
+                share = _weights(
+                    log_mass, log_total, total, factor, pairs, query_rows, x, y, num_centroids, num_clusters,
+                    TO_KEYS,
                 )  # fmt: skip
-                share = (share * factor[:, None]).to(source.dtype.element_ty)
+                share = share.to(source.dtype.element_ty)
             mixed = tl.dot(share, matrices, mixed, input_precision="ieee")
             if TO_KEYS:
                 at = products + x[:, None] * num_centroids + y[None, :]
@@ -121,35 +137,37 @@ def _mix_kernel(
         numbers = e + tl.arange(0, BLOCK_E)
         at = x.to(tl.int64)[:, None] * SIZE + numbers[None, :]
         tl.store(target + at, mixed, mask=(x < num_x)[:, None] & (numbers < SIZE)[None, :])
-    if TO_KEYS and ONE_TILE:
-        at = products + x[:, None] * num_centroids + lane[None, :]
-        tl.store(at, product, mask=(x < num_x)[:, None] & (lane < num_y)[None, :])
+    if TO_KEYS:
+        if ONE_TILE:
+            at = products + x[:, None] * num_centroids + lane[None, :]
+            tl.store(at, product, mask=(x < num_x)[:, None] & (lane < num_y)[None, :])
+    elif begin == 0:
+        tl.store(log_total + query_rows + x, total, mask=x < num_x)
 
 
 @triton.jit
 def _constant_kernel(
     table, log_mass, log_total, products, constant,
-    num_key_sets, num_key_rows, num_query_rows, num_pairs, num_parts,
-    BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr,
+    num_key_sets, num_key_rows, num_query_rows, num_pairs,
+    NUM_PARTS: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_C: tl.constexpr, ONE_TILE: tl.constexpr,
+    MULTIPLE: tl.constexpr,
 ):  # fmt: skip
     """Add what comes through π to the constants of a tile of query centroids."""
     tile, number, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     queries = number + num_key_sets
-    num_clusters, num_centroids = set_field(table, number, CLUSTERS), set_field(table, queries, CLUSTERS)
+    num_clusters, num_centroids, pairs = _sizes_of_set(table, number, queries, head, num_pairs, MULTIPLE)
     a = tile * BLOCK_A + tl.arange(0, BLOCK_A)
     query_rows = head * num_query_rows + set_field(table, queries, FIRST_ROW) - num_key_rows
-    pairs = head * num_pairs + set_field(table, queries, FIRST_PAIR)
     mean = tl.zeros([BLOCK_A], tl.float32)  # dM_a·M_a
     for again in tl.static_range(2):
-        for first in range(0, num_clusters, BLOCK_C):
+        # Of one tile, all is loaded once.
+        for first in range(0, BLOCK_C if ONE_TILE else num_clusters, BLOCK_C):
             j = first + tl.arange(0, BLOCK_C)
-            share = _shares(
-                log_mass, log_total, pairs, query_rows, j, a, num_centroids, num_clusters, True, BLOCK_C
-            )
+            share = _shares_of_keys(log_mass, log_total, pairs, query_rows, j, a, num_centroids, num_clusters)
             exists = (j < num_clusters)[:, None] & (a < num_centroids)[None, :]
             at = pairs + j[:, None] * num_centroids + a[None, :]
             product = tl.zeros([BLOCK_C, BLOCK_A], tl.float32)
-            for i in range(num_parts):
+            for i in tl.static_range(NUM_PARTS):
                 product += tl.load(products + i * tl.num_programs(2) * num_pairs + at, mask=exists, other=0)
             if again:
                 change = tl.load(constant + at, mask=exists, other=0) + share * (product - mean[None, :])
@@ -171,7 +189,7 @@ def mix_covariances(
     heads, head_dim = log_mass.shape[0], covariance.shape[3]
     moment = covariance.new_empty(heads, sets.num_query_rows, head_dim, head_dim)
     log_total = log_mass.new_empty(heads, sets.num_query_rows)
-    _mix(sets, log_mass, log_total, held, covariance, moment, covariance, None, TO_KEYS=False)
+    _mix(sets, log_mass, log_total, held, covariance, moment, covariance, None, TO_KEYS=False, num_stages=4)
     return moment, log_total
 
 
@@ -191,14 +209,15 @@ def mix_gradients(
     if sets.max_clusters > _TILE:  # several tiles add up in memory
         fill(products, 0)
     num_parts = _mix(
-        sets, log_mass, log_total, held, grad_dipole, grad_covariance, covariance, products, TO_KEYS=True
-    )
-    tile = min(16, _TILE)
+        sets, log_mass, log_total, held, grad_dipole, grad_covariance, covariance, products, TO_KEYS=True,
+        num_stages=2,
+    )  # fmt: skip
+    tile, block_c = min(16, _TILE), min(_TILE, power_of_two(sets.max_clusters))
     launch(
         _constant_kernel, (ceil_div(sets.max_clusters, tile), sets.num_key_sets, heads),
         sets.table, log_mass, log_total, products, constant, sets.num_key_sets, sets.num_key_rows,
-        sets.num_query_rows, sets.num_pairs, num_parts,
-        BLOCK_A=tile, BLOCK_C=min(_TILE, power_of_two(sets.max_clusters)),
+        sets.num_query_rows, sets.num_pairs, NUM_PARTS=num_parts, BLOCK_A=tile, BLOCK_C=block_c,
+        ONE_TILE=sets.max_clusters <= block_c, MULTIPLE=sets.multiple,
     )  # fmt: skip
     return grad_covariance
 
@@ -218,6 +237,6 @@ def _mix(sets, log_mass, log_total, held, source, target, covariance, products, 
         sets.table, log_mass, log_total, held, source, target, covariance, products,
         sets.num_key_sets, sets.num_key_rows, sets.num_query_rows, sets.num_pairs, tiles,
         GROUP_HEADS=heads // covariance.shape[0], SIZE=size, PART=part, BLOCK_X=tile,
-        BLOCK_E=_MIXED, ONE_TILE=tiles == 1, num_stages=2, **registers, **flags,
+        BLOCK_E=_MIXED, ONE_TILE=tiles == 1, MULTIPLE=sets.multiple, **registers, **flags,
     )  # fmt: skip
     return parts

@@ -239,16 +239,17 @@ def _backward_kernel(
                 dq += load_tokens(grad_query, points, inside, stride_dn, HEAD_DIM, BLOCK_D)
             store_tokens(grad_query, dq, points, inside, stride_dn, HEAD_DIM, BLOCK_D)
         dmass = tl.max(dmass, 1)  # of 16 equal columns
-        tl.debug_barrier()  # what follows is loaded again, for registers are scarce in the loop
+        tl.debug_barrier()  # the centroid is loaded again, for registers are scarce in the loop
         own_c = tl.load(own_centroid + dims, mask=dims < HEAD_DIM, other=0).to(tl.float32)
-        k = load_tokens(key_mean, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
-        v = load_tokens(value_mean, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
         # In the precision in which they are stored, so that what the keys make of them adds up.
         dk = ((dk - dmass[:, None] * own_c[None, :]) * scale).to(k.dtype)
         dv = dv.to(k.dtype)
         store_tokens(grad_key_mean, dk, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
         store_tokens(grad_value_mean, dv, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
-        dmass -= tl.sum(dk.to(tl.float32) * k.to(tl.float32) + dv.to(tl.float32) * v.to(tl.float32), 1)
+        # Inner products of rows, as the diagonal of a product: the means still are where products read them.
+        products = tl.dot(dk, tl.trans(k), input_precision="ieee")
+        products = tl.dot(dv, tl.trans(v), products, input_precision="ieee")
+        dmass -= tl.sum(tl.where(j[:, None] == j[None, :], products, 0), 1)
         tl.store(constant + pairs + j * num_centroids + a, dmass, mask=exists)
 
 
@@ -272,9 +273,8 @@ def _dipole_backward_kernel(
     part_lse += head * (num_points - num_key_points) - num_key_points
     own_order = order + head * num_points + begin
     dims = tl.arange(0, BLOCK_D)
+    c = tl.load(centroids + centroid * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0).to(tl.float32)
     product = tl.zeros([BLOCK_E, BLOCK_D], tl.float32)
-    total = tl.zeros([BLOCK_E, 16], tl.float32)
-    ones = tl.full([BLOCK_Q, 16], 1, query.dtype.element_ty)
     for q_first in range(0, many, BLOCK_Q):
         places = q_first + tl.arange(0, BLOCK_Q)
         inside = places < many
@@ -284,11 +284,8 @@ def _dipole_backward_kernel(
         do = gather_tokens(grad_plane, tokens, stride_gn, HEAD_DIM, BLOCK_E, part * BLOCK_E)
         query_lse, _, own_lse = _load_terms(terms, part_lse, tokens, points, BLOCK_Q)
         share = tl.where(inside, tl.exp2(own_lse * LOG2_E - query_lse), 0)
-        pull = tl.trans((do.to(tl.float32) * share[:, None]).to(q.dtype))
-        product = tl.dot(pull, q, product, input_precision="ieee")
-        total = tl.dot(pull, ones, total, input_precision="ieee")
-    c = tl.load(centroids + centroid * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0).to(tl.float32)
-    product = (product - tl.max(total, 1)[:, None] * c[None, :]) * scale  # total has 16 equal columns
+        pull = ((q.to(tl.float32) - c[None, :]) * (share * scale)[:, None]).to(q.dtype)
+        product = tl.dot(tl.trans(do), pull, product, input_precision="ieee")
     own_dims = part * BLOCK_E + tl.arange(0, BLOCK_E)
     matrix = grad_dipole + (head * (num_rows - num_key_rows) + row) * HEAD_DIM * HEAD_DIM
     store_tokens(matrix, product, own_dims, own_dims < HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_D)

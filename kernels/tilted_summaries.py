@@ -40,7 +40,7 @@ class Summaries(NamedTuple):
         log_mass: (H, pairs) float32 L, -inf where a cluster is empty.
         key_mean, value_mean: (H, pairs, D) in the dtype of the keys.
         covariance: (Hkv, key rows, D, D) of values with keys, or None.
-        means: (2, Hkv, key rows, D) float32 plain means of the keys and of the values, or None.
+        means: (2, Hkv, key rows, 2, D) plain means of keys and of values, each the sum of two rows, or None.
         dipole: (H, query rows, D, D) M, or None.
         log_total: (H, query rows) float32 logsumexp of a row of L, or None.
     """
@@ -96,6 +96,14 @@ def _summarise(
 
 
 @triton.jit
+def _store_mean(to, mean, dims, HEAD_DIM: tl.constexpr):
+    """A float32 vector as two rows that add up to it, in a dtype with which products are fast."""
+    high = mean.to(to.dtype.element_ty)
+    tl.store(to + dims, high, mask=dims < HEAD_DIM)
+    tl.store(to + HEAD_DIM + dims, mean - high.to(tl.float32), mask=dims < HEAD_DIM)
+
+
+@triton.jit
 def _covary(
     keys, values, slots, held, token_of_point, first_dim, own_row, covariance, key_means, value_means,
     stride_kn, stride_vn,
@@ -123,8 +131,8 @@ def _covary(
     at = (own_row * HEAD_DIM + own_dims)[:, None] * HEAD_DIM + dims[None, :]
     tl.store(covariance + at, product, mask=(own_dims < HEAD_DIM)[:, None] & (dims < HEAD_DIM)[None, :])
     if first_dim == 0:
-        tl.store(key_means + own_row * HEAD_DIM + dims, k_mean, mask=dims < HEAD_DIM)
-    tl.store(value_means + own_row * HEAD_DIM + own_dims, v_mean, mask=own_dims < HEAD_DIM)
+        _store_mean(key_means + own_row * 2 * HEAD_DIM, k_mean, dims, HEAD_DIM)
+    _store_mean(value_means + own_row * 2 * HEAD_DIM, v_mean, own_dims, HEAD_DIM)
 
 
 @triton.jit
@@ -136,7 +144,7 @@ def _summary_kernel(
     DIPOLE: tl.constexpr, GROUP_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """One cluster of keys: its summaries for a tile of the centroids of a query head, or its covariance."""
+    """One cluster of keys: its summaries for a tile of the centroids of a query head, once its covariance."""
     row, part, kv_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     number = tl.load(set_of_row + row)
     own_row = kv_head.to(tl.int64) * num_key_rows + row
@@ -145,27 +153,26 @@ def _summary_kernel(
     batch_row = set_field(table, number, ROW)
     keys = plane_of(key, batch_row, kv_head, stride_kb, stride_kh)
     values = plane_of(value, batch_row, kv_head, stride_vb, stride_vh)
-    if part < GROUP_HEADS * tiles_of_centroids:
-        head = (kv_head * GROUP_HEADS + part // tiles_of_centroids).to(tl.int64)
-        queries = number + num_key_sets
-        a = part % tiles_of_centroids * BLOCK_A + tl.arange(0, BLOCK_A)
-        num_centroids = set_field(table, queries, CLUSTERS)
-        if part % tiles_of_centroids * BLOCK_A < num_centroids:
-            exists = a < num_centroids
-            centroid_rows = head * num_rows + set_field(table, queries, FIRST_ROW) + a
-            q = load_tokens(centroids, centroid_rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
-            pairs = head * num_pairs + set_field(table, queries, FIRST_PAIR)
-            pairs += a * set_field(table, number, CLUSTERS) + row - set_field(table, number, FIRST_ROW)
-            _summarise(
-                keys, values, slots, many, token_of_point, q, exists, pairs, log_mass, key_mean, value_mean,
-                stride_kn, stride_vn, scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_A,
-            )  # fmt: skip
-    elif DIPOLE:
-        _covary(
-            keys, values, slots, many, token_of_point, (part - GROUP_HEADS * tiles_of_centroids) * BLOCK_E,
-            own_row, covariance, key_means, value_means, stride_kn, stride_vn,
-            HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_E,
+    head = (kv_head * GROUP_HEADS + part // tiles_of_centroids).to(tl.int64)
+    queries = number + num_key_sets
+    a = part % tiles_of_centroids * BLOCK_A + tl.arange(0, BLOCK_A)
+    num_centroids = set_field(table, queries, CLUSTERS)
+    if part % tiles_of_centroids * BLOCK_A < num_centroids:
+        exists = a < num_centroids
+        centroid_rows = head * num_rows + set_field(table, queries, FIRST_ROW) + a
+        q = load_tokens(centroids, centroid_rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
+        pairs = head * num_pairs + set_field(table, queries, FIRST_PAIR)
+        pairs += a * set_field(table, number, CLUSTERS) + row - set_field(table, number, FIRST_ROW)
+        _summarise(
+            keys, values, slots, many, token_of_point, q, exists, pairs, log_mass, key_mean, value_mean,
+            stride_kn, stride_vn, scale, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_A,
         )  # fmt: skip
+    if DIPOLE and part == 0:
+        for first_dim in range(0, HEAD_DIM, BLOCK_E):
+            _covary(
+                keys, values, slots, many, token_of_point, first_dim, own_row, covariance, key_means,
+                value_means, stride_kn, stride_vn, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_E,
+            )  # fmt: skip
 
 
 def summarise(
@@ -186,16 +193,15 @@ def summarise(
     covariance = means = moment = log_total = None
     if dipole:
         covariance = key.new_empty(kv_heads, sets.num_key_rows, head_dim, head_dim)
-        means = key.new_empty(2, kv_heads, sets.num_key_rows, head_dim, dtype=torch.float32)
+        means = key.new_empty(2, kv_heads, sets.num_key_rows, 2, head_dim)
     both_means = (None, None) if means is None else means.unbind()
     tiles = summary_tiles(key, sets)
     tiles_of_centroids = ceil_div(sets.max_clusters, tiles["BLOCK_A"])
     groups = heads // kv_heads
     if key.element_size() == 2:
         tiles["maxnreg"] = 128  # 16 warps share a multiprocessor
-    parts = groups * tiles_of_centroids + (ceil_div(head_dim, tiles["BLOCK_E"]) if dipole else 0)
     launch(
-        _summary_kernel, (sets.num_key_rows, parts, kv_heads),
+        _summary_kernel, (sets.num_key_rows, groups * tiles_of_centroids, kv_heads),
         key, value, sets.table, sets.set_of_row, members, held, centroids, log_mass, key_mean, value_mean,
         covariance, *both_means, *key.stride()[:3], *value.stride()[:3],
         sets.num_key_sets, sets.num_key_rows, sets.num_rows, sets.num_slots, sets.num_pairs,

@@ -58,12 +58,25 @@ def _load_pairs(
 
 
 @triton.jit
-def _precise_columns(x, dtype: tl.constexpr):
-    """A float32 vector (N, 16) whose columns add up to it, in a dtype with which products are fast."""
-    high = x.to(dtype)
-    low = (x - high.to(tl.float32)).to(dtype)
+def _load_mean(mean, dims, HEAD_DIM: tl.constexpr):
+    """Columns (len(dims), 16) that add up to a mean, as products read them."""
     column = tl.arange(0, 16)[None, :]
-    return tl.where(column == 0, high[:, None], tl.where(column == 1, low[:, None], 0))
+    return tl.load(
+        mean + column * HEAD_DIM + dims[:, None], mask=(column < 2) & (dims < HEAD_DIM)[:, None], other=0
+    )
+
+
+@triton.jit
+def _load_members(
+    keys, values, slots, first, many, stride_kn, stride_vn,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """A tile of members of a cluster: their points, which of them there are, keys and values."""
+    places = first + tl.arange(0, BLOCK_M)
+    points = tl.load(slots + places, mask=places < many, other=0)
+    k = load_tokens(keys, points, places < many, stride_kn, HEAD_DIM, BLOCK_D)
+    v = load_tokens(values, points, places < many, stride_vn, HEAD_DIM, BLOCK_D)
+    return points, places < many, k, v
 
 
 @triton.jit
@@ -99,7 +112,11 @@ def _key_backward_kernel(
     j = row - set_field(table, number, FIRST_ROW)
     centroid = kv_head * GROUP_HEADS * num_rows + set_field(table, queries, FIRST_ROW)
     pairs = kv_head * GROUP_HEADS * num_pairs + set_field(table, queries, FIRST_PAIR)
-    dims, lane = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_M)
+    dims = tl.arange(0, BLOCK_D)
+    # A tile is loaded ahead: most programs have only one, and what else they load is under way meanwhile.
+    points, filled, k, v = _load_members(
+        keys, values, slots, 0, many, stride_kn, stride_vn, HEAD_DIM, BLOCK_D, BLOCK_M
+    )
     if SINGLE:
         q, dk_mean, dv_mean, mass, c = _load_pairs(
             centroids, grad_key_mean, grad_value_mean, log_mass, constant, centroid, pairs, j, 0,
@@ -113,22 +130,16 @@ def _key_backward_kernel(
             for e in tl.static_range(0, HEAD_DIM, BLOCK_E):
                 part_dims = e + tl.arange(0, BLOCK_E)
                 exists = part_dims < HEAD_DIM
+                k_mean = _load_mean(key_means + own_row * 2 * HEAD_DIM, part_dims, HEAD_DIM)
+                v_mean = _load_mean(value_means + own_row * 2 * HEAD_DIM, part_dims, HEAD_DIM)
                 columns = load_tokens(own, dims, dims < HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_E, e)
-                mean = tl.load(key_means + own_row * HEAD_DIM + part_dims, mask=exists, other=0)
-                mean = _precise_columns(mean, columns.dtype)
-                v_start -= tl.sum(tl.dot(columns, mean, input_precision="ieee"), 1)
+                v_start -= tl.sum(tl.dot(columns, k_mean, input_precision="ieee"), 1)
                 rows = load_tokens(own, part_dims, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
-                mean = tl.load(value_means + own_row * HEAD_DIM + part_dims, mask=exists, other=0)
-                mean = _precise_columns(mean, rows.dtype)
-                k_start -= tl.sum(tl.dot(tl.trans(rows), mean, input_precision="ieee"), 1)
+                k_start -= tl.sum(tl.dot(tl.trans(rows), v_mean, input_precision="ieee"), 1)
         if SINGLE and BLOCK_E == BLOCK_D:
             own = grad_covariance + matrix * HEAD_DIM * HEAD_DIM
             whole = load_tokens(own, dims, dims < HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_D)
     for first_member in range(0, many, BLOCK_M):
-        filled = first_member + lane < many
-        points = tl.load(slots + first_member + lane, mask=filled, other=0)
-        k = load_tokens(keys, points, filled, stride_kn, HEAD_DIM, BLOCK_D)
-        v = load_tokens(values, points, filled, stride_vn, HEAD_DIM, BLOCK_D)
         dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32) + k_start[None, :]
         dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32) + v_start[None, :]
         for i in range(GROUP_HEADS):
@@ -165,6 +176,10 @@ def _key_backward_kernel(
                         dk = tl.dot(x, rows, dk, input_precision="ieee")
         store_tokens(grad_key, dk, points, filled, stride_gkn, HEAD_DIM, BLOCK_D)
         store_tokens(grad_value, dv, points, filled, stride_gvn, HEAD_DIM, BLOCK_D)
+        points, filled, k, v = _load_members(
+            keys, values, slots, first_member + BLOCK_M, many, stride_kn, stride_vn,
+            HEAD_DIM, BLOCK_D, BLOCK_M,
+        )  # fmt: skip
 
 
 def summaries_backward(

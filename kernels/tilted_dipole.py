@@ -189,7 +189,12 @@ def mix_covariances(
     heads, head_dim = log_mass.shape[0], covariance.shape[3]
     moment = covariance.new_empty(heads, sets.num_query_rows, head_dim, head_dim)
     log_total = log_mass.new_empty(heads, sets.num_query_rows)
-    _mix(sets, log_mass, log_total, held, covariance, moment, covariance, None, TO_KEYS=False, num_stages=4)
+    # Further ahead, several tiles in float32 would not fit the 99 KiB of smaller cards.
+    stages = 4 if covariance.element_size() == 2 else 2
+    _mix(
+        sets, log_mass, log_total, held, covariance, moment, covariance, None, TO_KEYS=False,
+        num_stages=stages,
+    )  # fmt: skip
     return moment, log_total
 
 

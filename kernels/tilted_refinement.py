@@ -2,11 +2,11 @@
 
     ℓ_qj = L_aj + δ·k̃_aj      p_qj = exp(ℓ_qj - λ_q)      o_q = Σ_j p_qj ṽ_aj (+ M_a δ with the dipole)
 
-One program goes through the queries of one centroid and head. Products are with q, and what the centroid has
-to do with them is taken away once a program, in float32: δ is never formed. Backward is fed with the merged
-logsumexp and Δ = do·o of the merged output, so that Σ_j p_qj = exp(λ_part - λ) is the share of the summaries
-in the whole attention, and dℓ = p (do·value - Δ). It gives the gradients of the queries and, kept in
-registers, those of a tile of summaries of a.
+One program goes through the queries of one centroid and head. Products are with q, and what the centroid
+has to do with them is taken away once a program, in float32: δ is formed for the gradient of the dipole
+alone. Backward is fed with the merged logsumexp and Δ = do·o of the merged output, so that Σ_j p_qj =
+exp(λ_part - λ) is the share of the summaries in the whole attention, and dℓ = p (do·value - Δ). It gives
+the gradients of the queries and, kept in registers, those of a tile of summaries of a.
 """
 
 import torch
@@ -162,12 +162,13 @@ def _backward_kernel(
     stride_qb, stride_qh, stride_qn, stride_gb, stride_gh, stride_gn, stride_dh, stride_dn,
     num_key_sets, num_key_rows, num_rows, num_key_points, num_points, num_pairs, length, num_tokens, scale,
     DIPOLE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, ONE_TILE: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, ONE_TILE: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the queries of a centroid, and of its summaries.
 
     All products have the summaries, or the dimensions of queries, as rows: a tile of few queries wastes
-    nothing where there are few queries.
+    nothing where there are few queries. SHARED: products read the
+    summaries from shared memory, not from registers.
     """
     row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     queries = tl.load(set_of_row + num_key_rows + row)
@@ -239,17 +240,22 @@ def _backward_kernel(
                 dq += load_tokens(grad_query, points, inside, stride_dn, HEAD_DIM, BLOCK_D)
             store_tokens(grad_query, dq, points, inside, stride_dn, HEAD_DIM, BLOCK_D)
         dmass = tl.max(dmass, 1)  # of 16 equal columns
-        tl.debug_barrier()  # the centroid is loaded again, for registers are scarce in the loop
+        tl.debug_barrier()  # what follows is loaded again, for registers are scarce in the loop
         own_c = tl.load(own_centroid + dims, mask=dims < HEAD_DIM, other=0).to(tl.float32)
         # In the precision in which they are stored, so that what the keys make of them adds up.
         dk = ((dk - dmass[:, None] * own_c[None, :]) * scale).to(k.dtype)
         dv = dv.to(k.dtype)
         store_tokens(grad_key_mean, dk, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
         store_tokens(grad_value_mean, dv, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
-        # Inner products of rows, as the diagonal of a product: the means still are where products read them.
-        products = tl.dot(dk, tl.trans(k), input_precision="ieee")
-        products = tl.dot(dv, tl.trans(v), products, input_precision="ieee")
-        dmass -= tl.sum(tl.where(j[:, None] == j[None, :], products, 0), 1)
+        if SHARED:
+            # Inner products of rows as the diagonal of a product: means still are where products read them.
+            products = tl.dot(dk, tl.trans(k), input_precision="ieee")
+            products = tl.dot(dv, tl.trans(v), products, input_precision="ieee")
+            dmass -= tl.sum(tl.where(j[:, None] == j[None, :], products, 0), 1)
+        else:
+            k = load_tokens(key_mean, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
+            v = load_tokens(value_mean, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
+            dmass -= tl.sum(dk.to(tl.float32) * k.to(tl.float32) + dv.to(tl.float32) * v.to(tl.float32), 1)
         tl.store(constant + pairs + j * num_centroids + a, dmass, mask=exists)
 
 
@@ -284,11 +290,11 @@ def _dipole_backward_kernel(
         do = gather_tokens(grad_plane, tokens, stride_gn, HEAD_DIM, BLOCK_E, part * BLOCK_E)
         query_lse, _, own_lse = _load_terms(terms, part_lse, tokens, points, BLOCK_Q)
         share = tl.where(inside, tl.exp2(own_lse * LOG2_E - query_lse), 0)
-        pull = ((q.to(tl.float32) - c[None, :]) * (share * scale)[:, None]).to(q.dtype)
+        pull = ((q.to(tl.float32) - c[None, :]) * share[:, None]).to(q.dtype)
         product = tl.dot(tl.trans(do), pull, product, input_precision="ieee")
     own_dims = part * BLOCK_E + tl.arange(0, BLOCK_E)
     matrix = grad_dipole + (head * (num_rows - num_key_rows) + row) * HEAD_DIM * HEAD_DIM
-    store_tokens(matrix, product, own_dims, own_dims < HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_D)
+    store_tokens(matrix, product * scale, own_dims, own_dims < HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_D)
 
 
 def refine(
@@ -347,6 +353,7 @@ def refine_backward(
         "BLOCK_Q": max(16, block_c // 2),
         # A warp for 16 rows of the summaries: more would do the same work again.
         "num_warps": max(block_c // 16, 1 if narrow else 4) if low else tiles["num_warps"],
+        "SHARED": low and block_c == 64 and has_much_shared_memory(query),  # as warp groups do on Hopper
         "num_stages": 2 if narrow or (low and has_much_shared_memory(query)) else 1,
     }
     launch(

@@ -167,8 +167,9 @@ def _backward_kernel(
     """Gradients of the queries of a centroid, and of its summaries.
 
     All products have the summaries, or the dimensions of queries, as rows: a tile of few queries wastes
-    nothing where there are few queries. SHARED: products read the
-    summaries from shared memory, not from registers.
+    nothing where there are few queries.
+
+    SHARED: products read the summaries from shared memory, not from registers.
     """
     row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     queries = tl.load(set_of_row + num_key_rows + row)
@@ -242,6 +243,9 @@ def _backward_kernel(
         dmass = tl.max(dmass, 1)  # of 16 equal columns
         tl.debug_barrier()  # what follows is loaded again, for registers are scarce in the loop
         own_c = tl.load(own_centroid + dims, mask=dims < HEAD_DIM, other=0).to(tl.float32)
+        if not SHARED:
+            k = load_tokens(key_mean, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
+            v = load_tokens(value_mean, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
         # In the precision in which they are stored, so that what the keys make of them adds up.
         dk = ((dk - dmass[:, None] * own_c[None, :]) * scale).to(k.dtype)
         dv = dv.to(k.dtype)
@@ -253,8 +257,6 @@ def _backward_kernel(
             products = tl.dot(dv, tl.trans(v), products, input_precision="ieee")
             dmass -= tl.sum(tl.where(j[:, None] == j[None, :], products, 0), 1)
         else:
-            k = load_tokens(key_mean, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
-            v = load_tokens(value_mean, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
             dmass -= tl.sum(dk.to(tl.float32) * k.to(tl.float32) + dv.to(tl.float32) * v.to(tl.float32), 1)
         tl.store(constant + pairs + j * num_centroids + a, dmass, mask=exists)
 

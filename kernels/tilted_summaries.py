@@ -144,7 +144,10 @@ def _summary_kernel(
     DIPOLE: tl.constexpr, GROUP_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """One cluster of keys: its summaries for a tile of the centroids of a query head, once its covariance."""
+    """One cluster of keys: its summaries for a tile of the centroids of a query head.
+
+    The first program of a cluster gives its covariance too.
+    """
     row, part, kv_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     number = tl.load(set_of_row + row)
     own_row = kv_head.to(tl.int64) * num_key_rows + row

@@ -296,8 +296,8 @@ def _rehouse_kernel(
 def members_with_capacity(
     key: torch.Tensor, sets: PointSets, centroids: torch.Tensor,
     groups: Groups, label: torch.Tensor, near: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Members (Hkv, slots) of the clusters of keys, and how many (Hkv, rows) each holds; int32.
+) -> Groups:  # fmt: skip
+    """The keys by cluster, where no cluster holds more than its capacity.
 
     The slots of a cluster are `capacity` consecutive ones, of which its members take the first. Overwrites
     `label`, `near` and the order of the groups where they are of keys.
@@ -329,4 +329,4 @@ def members_with_capacity(
         BLOCK_X=block_x, BLOCK_N=256, BLOCK_P=128 * warps, BLOCK_L=256 * warps, BLOCK_C=min(block_c, bins),
         BINS=bins, LOG_BINS=bins.bit_length() - 1, num_warps=warps, num_stages=2,
     )  # fmt: skip
-    return members, held
+    return Groups(members, sets.first_slot, held)

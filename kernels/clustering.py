@@ -103,7 +103,9 @@ def cluster_keys(
     _, heads, length, head_dim = key.shape
     sets = _key_sets(key_start, length, size, num_clusters, capacity, key.device)
     centroids = kmeans(key, key, sets, iters)
-    members, count = members_with_capacity(key, sets, centroids, *sort_by_cluster(key, key, sets, centroids))
+    members, _, count = members_with_capacity(
+        key, sets, centroids, *sort_by_cluster(key, key, sets, centroids)
+    )
     rows = heads * sets.num_key_rows + PADDING
     log_mass = key.new_empty(rows, dtype=torch.float32)
     spread = torch.float32 if key.dtype == torch.float32 else torch.bfloat16  # float16 would overflow

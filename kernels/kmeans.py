@@ -46,13 +46,18 @@ class Groups(NamedTuple):
     """Points sorted by cluster.
 
     Attributes:
-        order: (H, points) int32 the points of each set by cluster, and in their order within a cluster.
-        first, count: (H, rows) int32 where in `order` a cluster begins, and how many points it has.
+        order: (H, places) int32 the points of each set by cluster, and in their order within a cluster.
+        first: (H, rows) int32 where in `order` a cluster begins, or (1, rows) if heads do not differ in it.
+        count: (H, rows) int32 how many points a cluster has.
     """
 
     order: torch.Tensor
     first: torch.Tensor
     count: torch.Tensor
+
+    def strides(self) -> tuple[int, int, int]:
+        """From head to head."""
+        return tuple(tensor.stride(0) if tensor.shape[0] > 1 else 0 for tensor in self)
 
 
 @triton.jit
@@ -202,7 +207,8 @@ def _assign_kernel(
 ):  # fmt: skip
     """Label each point of a chunk with its nearest centroid, and rank it among those of its label.
 
-    ONE_TILE: a tile holds all centroids. Closeness -|x - c|²/2 is written for keys only.
+    ONE_TILE: a tile holds all centroids. Closeness -|x - c|²/2 is written for keys, if at all, and counts of
+    labels with ranks.
     """
     chunk, head = tl.program_id(0), tl.program_id(1)
     number = chunk_field(chunks, chunk, CHUNK_SET)
@@ -236,19 +242,21 @@ def _assign_kernel(
                     )  # fmt: skip
                 best, labels = nearer(x, c, bias, first, best, labels)
             labels = tl.minimum(labels, num_clusters - 1)  # whatever NaN chose, it exists
-            before = (labels[:, None] == labels[None, :]) & (lane[None, :] < lane[:, None])
-            ranks = tl.gather(running, labels, 0) + tl.sum(before.to(tl.int32), 1)
-            running += tl.histogram(labels, BINS, mask=inside)
             points = first_point + tokens
             tl.store(label + points, labels, mask=inside)
-            tl.store(rank + points, ranks, mask=inside)
-            if is_key:
+            if rank is not None:
+                before = (labels[:, None] == labels[None, :]) & (lane[None, :] < lane[:, None])
+                ranks = tl.gather(running, labels, 0) + tl.sum(before.to(tl.int32), 1)
+                running += tl.histogram(labels, BINS, mask=inside)
+                tl.store(rank + points, ranks, mask=inside)
+            if near is not None and is_key:
                 wide = x.to(tl.float32)
                 closeness = ordered(best - 0.5 * tl.sum(wide * wide, 1)).to(tl.int32, bitcast=True)
                 tl.store(near + points, closeness, mask=inside)
-        bins = tl.arange(0, BINS)
-        at = head.to(tl.int64) * num_counts + chunk_field(chunks, chunk, CHUNK_ROW) + bins
-        tl.store(counts + at, running, mask=bins < num_clusters)
+        if rank is not None:
+            bins = tl.arange(0, BINS)
+            at = head.to(tl.int64) * num_counts + chunk_field(chunks, chunk, CHUNK_ROW) + bins
+            tl.store(counts + at, running, mask=bins < num_clusters)
 
 
 @triton.jit
@@ -293,7 +301,7 @@ def _sort_kernel(
             ranks = tl.load(rank + head_points + points, mask=inside, other=0)
             at = head_points + tl.gather(starts, labels, 0) + ranks
             tl.store(order + at, points, mask=inside)
-            if is_key:
+            if near is not None and is_key:
                 closeness = tl.load(near + head_points + points, mask=inside, other=0)
                 tl.store(near_sorted + at, closeness, mask=inside)
 
@@ -322,7 +330,8 @@ def kmeans(query: torch.Tensor, key: torch.Tensor, sets: PointSets, iters: int) 
         if iters:
             label = None
             if not one_tile:
-                label = _assign(query, key, sets, sets.sources, sets.num_source_points, centroids, **start)[0]
+                label = counts.new_empty(heads, sets.num_source_points)
+                _assign(query, key, sets, sets.sources, centroids, label, **start)
             launch(
                 _sums_kernel, (sets.sources.shape[0], ceil_div(sets.max_clusters, tiles["BLOCK_C"]), heads),
                 query, key, sets.table, sets.sources, centroids, label, sums, counts, *strides, key.shape[1],
@@ -338,19 +347,20 @@ def kmeans(query: torch.Tensor, key: torch.Tensor, sets: PointSets, iters: int) 
 
 
 def sort_by_cluster(
-    query: torch.Tensor, key: torch.Tensor, sets: PointSets, centroids: torch.Tensor
-) -> tuple[Groups, torch.Tensor, torch.Tensor]:
+    query: torch.Tensor, key: torch.Tensor, sets: PointSets, centroids: torch.Tensor, closeness: bool = True
+) -> tuple[Groups, torch.Tensor, torch.Tensor | None]:
     """Assign all points to their nearest centroids (H, rows, D) and sort them by cluster.
 
     Returns:
         The groups; the label (H, points) int32 of each point, the cluster counted from the first of its set;
-        and how near it is to its centroid (H, points) int32, the bits of a uint32 that is the larger the
-        nearer. This is in the order of the groups and for keys only.
+        and with `closeness` how near it is to its centroid (H, points) int32, the bits of a uint32 that is
+        the larger the nearer. This is in the order of the groups and for keys only.
     """
-    label, near, rank, counts = _assign(
-        query, key, sets, sets.targets, sets.num_points, centroids, START_TOKENS=False
-    )
-    order, near_sorted = torch.empty_like(label), torch.empty_like(near)
+    label, rank = (query.new_empty(query.shape[1], sets.num_points, dtype=torch.int32) for _ in range(2))
+    near = torch.empty_like(label) if closeness else None
+    counts = label.new_empty(query.shape[1], sets.num_counts)
+    _assign(query, key, sets, sets.targets, centroids, label, near, rank, counts, START_TOKENS=False)
+    order, near_sorted = torch.empty_like(label), None if near is None else torch.empty_like(near)
     first, count = (label.new_empty(query.shape[1], sets.num_rows) for _ in range(2))
     launch(
         _sort_kernel, (sets.targets.shape[0], query.shape[1]),
@@ -361,19 +371,16 @@ def sort_by_cluster(
     return Groups(order, first, count), label, near_sorted
 
 
-def _assign(query, key, sets, chunks, num_points, centroids, **flags):
-    """Label, closeness and rank (H, points) of the points of chunks, and the counts (H, num_counts)."""
-    heads, tiles = query.shape[1], _tiles(query, sets)
-    label, near, rank = (query.new_empty(heads, num_points, dtype=torch.int32) for _ in range(3))
-    counts = label.new_empty(heads, sets.num_counts)
+def _assign(query, key, sets, chunks, centroids, label, near=None, rank=None, counts=None, **flags):
+    """Write label, closeness and rank (H, points) of the points of chunks, and counts (H, num_counts)."""
+    tiles = _tiles(query, sets)
     launch(
-        _assign_kernel, (chunks.shape[0], heads),
+        _assign_kernel, (chunks.shape[0], query.shape[1]),
         query, key, sets.table, chunks, centroids, label, near, rank, counts,
-        *query.stride()[:3], *key.stride()[:3], key.shape[1], sets.num_rows, num_points, sets.num_counts,
+        *query.stride()[:3], *key.stride()[:3], key.shape[1], sets.num_rows, label.shape[1], sets.num_counts,
         ONE_TILE=sets.max_clusters <= tiles["BLOCK_C"], BINS=power_of_two(sets.max_clusters),
         **flags, **tiles,
     )  # fmt: skip
-    return label, near, rank, counts
 
 
 def _tiles(query: torch.Tensor, sets: PointSets) -> dict[str, int]:

@@ -64,6 +64,7 @@ class Sizes:
         num_key_sets, num_key_rows, num_key_points: How many sets, clusters and points are of keys.
         num_rows, num_points: Clusters and points of keys and queries.
         num_slots: Places for the members of all clusters of keys.
+        capped: Whether a cluster of keys may have to turn points of its set away.
         num_pairs: Pairs of a cluster of queries and a cluster of keys that meet.
         max_clusters: Largest number of clusters in a set.
         multiple: Largest power of two, up to 16, of which all numbers of clusters are multiples.
@@ -76,6 +77,7 @@ class Sizes:
     num_rows: int
     num_points: int
     num_slots: int
+    capped: bool
     num_pairs: int
     max_clusters: int
     multiple: int
@@ -98,6 +100,7 @@ class PointSets(Sizes):
     Attributes:
         table: (S, 16) a row a set, see the columns above.
         set_of_row: (R,) the set of each cluster.
+        first_slot: (1, key rows) where the places of a cluster begin among those of its head.
         sources, targets: (X, 5) chunks of the tokens that centroids are made of, and of those assigned.
         num_source_points: Tokens that centroids are made of.
         num_sums, num_counts: Rows of the partial results of `sources` and of `targets`.
@@ -105,6 +108,7 @@ class PointSets(Sizes):
 
     table: torch.Tensor
     set_of_row: torch.Tensor
+    first_slot: torch.Tensor
     sources: torch.Tensor
     targets: torch.Tensor
     num_source_points: int
@@ -124,6 +128,7 @@ def sizes_of(keys: list[PointSet], queries: list[PointSet]) -> Sizes:
         num_rows=sum(s.num_clusters for s in keys + queries),
         num_points=num_key_points + num_query_points,
         num_slots=sum(s.num_clusters * s.capacity for s in keys),
+        capped=any(s.capacity < s.num_points for s in keys),
         num_pairs=sum(s.num_clusters * q.num_clusters for s, q in zip(keys, queries)),
         max_clusters=max(s.num_clusters for s in keys + queries),
         multiple=gcd(16, *(s.num_clusters for s in keys + queries)),
@@ -136,7 +141,7 @@ def point_sets(keys: list[PointSet], queries: list[PointSet], device: torch.devi
     """Number what belongs to the sets. Set i of queries, if there are any, sees set i of keys."""
     sizes = sizes_of(keys, queries)
     row = slot = pair = source_point = num_sums = num_counts = 0
-    table, set_of_row, sources, targets = [], [], [], []
+    table, set_of_row, first_slot, sources, targets = [], [], [], [], []
     for number, s in enumerate(keys + queries):
         first_point = s.first_point + s.is_query * sizes.num_key_points
         source_chunks = _chunks(number, s.num_clusters, s.start, s.length, source_point, num_sums)
@@ -148,6 +153,8 @@ def point_sets(keys: list[PointSet], queries: list[PointSet], device: torch.devi
             s.capacity, slot, pair,
         ))  # fmt: skip
         set_of_row += [number] * s.num_clusters
+        if not s.is_query:
+            first_slot += [slot + i * s.capacity for i in range(s.num_clusters)]
         sources += source_chunks
         targets += target_chunks
         source_point += s.length
@@ -161,6 +168,7 @@ def point_sets(keys: list[PointSet], queries: list[PointSet], device: torch.devi
         **vars(sizes),
         table=_int32(table, device),
         set_of_row=_int32(set_of_row, device),
+        first_slot=_int32([first_slot], device),
         sources=_int32(sources, device),
         targets=_int32(targets, device),
         num_source_points=source_point,

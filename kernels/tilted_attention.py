@@ -132,9 +132,9 @@ def forward(
     batch, heads, length, head_dim = query.shape
     sets, levels = _levels(query, key, sequences, block, clusters, capacities, own)
     centroids = kmeans(query, key, sets, kmeans_iters)
-    groups, label, near = sort_by_cluster(query, key, sets, centroids)
-    members, held = members_with_capacity(key, sets, centroids, groups, label, near)
-    summaries = summarise(key, value, sets, members, held, centroids, scale, dipole)
+    groups, label, near = sort_by_cluster(query, key, sets, centroids, closeness=sets.capped)
+    members = members_with_capacity(key, sets, centroids, groups, label, near) if sets.capped else groups
+    summaries = summarise(key, value, sets, members, centroids, scale, dipole)
     part_lse = query.new_empty(heads, sets.num_query_points, dtype=torch.float32)
     if levels is None:
         output = query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
@@ -147,7 +147,8 @@ def forward(
         refine(query, sets, groups, centroids, summaries, parts, part_lse, scale)
         local = local_forward(query, key, value, levels.layout, scale, block)
         results = [*merge_levels(levels, block, local, parts, part_lse), part_lse]
-    return [*results, centroids, members, held, *groups, *(x for x in summaries if x is not None)]
+    of_members = (members.order, members.count) if sets.capped else ()
+    return [*results, centroids, *groups, *of_members, *(x for x in summaries if x is not None)]
 
 
 def fake(query, key, value, scale, sequences, block, clusters, capacities, own, kmeans_iters, dipole):
@@ -171,9 +172,11 @@ def fake(query, key, value, scale, sequences, block, clusters, capacities, own, 
     results = [vectors(batch, length, heads).transpose(1, 2), log(batch, heads, length)]
     results += [log(heads, batch * length)]
     results += [log(heads, sizes.num_query_points)] if sequences else []
-    results += [vectors(heads, sizes.num_rows), new(kv_heads, sizes.num_slots)]
-    results += [new(kv_heads, sizes.num_key_rows), new(heads, sizes.num_points)]
-    results += [new(heads, sizes.num_rows), new(heads, sizes.num_rows), log(heads, sizes.num_pairs)]
+    results += [vectors(heads, sizes.num_rows), new(heads, sizes.num_points)]
+    results += [new(heads, sizes.num_rows), new(heads, sizes.num_rows)]
+    if sizes.capped:
+        results += [new(kv_heads, sizes.num_slots), new(kv_heads, sizes.num_key_rows)]
+    results += [log(heads, sizes.num_pairs)]
     results += [vectors(heads, sizes.num_pairs), vectors(heads, sizes.num_pairs)]
     if dipole:
         results += [vectors(kv_heads, sizes.num_key_rows, head_dim)]
@@ -199,8 +202,12 @@ def backward(
     """Gradients of query, key and value. `saved` is what `forward` returns behind output and logsumexp."""
     sets, levels = _levels(query, key, sequences, block, clusters, capacities, own)
     lse, part_lse, *saved = saved if sequences else (saved[0], *saved)
-    centroids, members, held, *saved = saved
-    groups, summaries = Groups(*saved[:3]), Summaries(*saved[3:])
+    centroids, *saved = saved
+    groups, saved = Groups(*saved[:3]), saved[3:]
+    members = groups
+    if sets.capped:
+        members, saved = Groups(saved[0], sets.first_slot, saved[1]), saved[2:]
+    summaries = Summaries(*saved)
     grad = addressable(grad, block)
     tensors = (query, key, value)
     if levels is None:
@@ -213,7 +220,7 @@ def backward(
     summary_grads = refine_backward(
         query, grad, terms, part_lse, sets, groups, centroids, summaries, rows[0], scale
     )
-    summaries_backward(key, value, sets, members, held, centroids, scale, summaries, summary_grads, *rows[1:])
+    summaries_backward(key, value, sets, members, centroids, scale, summaries, summary_grads, *rows[1:])
     if levels is None:
         return tuple(laid_out_like(share, tensor) for share, tensor in zip(grads, tensors))
     return local_backward(

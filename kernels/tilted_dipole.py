@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from muse_hf.kernels.common import load_tokens, power_of_two
+from muse_hf.kernels.kmeans import Groups
 from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.point_sets import CLUSTERS, FIRST_PAIR, FIRST_ROW, PointSets, set_field
 from muse_hf.kernels.replay import fill
@@ -71,8 +72,8 @@ def _sizes_of_set(table, number, queries, head, num_pairs, MULTIPLE: tl.constexp
 
 @triton.jit
 def _mix_kernel(
-    table, log_mass, log_total, held, source, target, covariance, products,
-    num_key_sets, num_key_rows, num_query_rows, num_pairs, tiles_of_targets,
+    table, log_mass, log_total, count, source, target, covariance, products,
+    stride_ch, num_key_sets, num_key_rows, num_query_rows, num_pairs, tiles_of_targets,
     TO_KEYS: tl.constexpr, GROUP_HEADS: tl.constexpr, SIZE: tl.constexpr, PART: tl.constexpr,
     BLOCK_X: tl.constexpr, BLOCK_E: tl.constexpr, ONE_TILE: tl.constexpr, MULTIPLE: tl.constexpr,
 ):  # fmt: skip
@@ -99,7 +100,8 @@ def _mix_kernel(
         source += query_rows * SIZE
         covariance += key_rows * SIZE
         products += part // tiles_of_targets * tl.num_programs(2) * num_pairs + pairs
-        factor = 1 / tl.maximum(tl.load(held + key_rows + x, mask=x < num_x, other=1), 1).to(tl.float32)
+        many = tl.load(count + head // GROUP_HEADS * stride_ch + key_row + x, mask=x < num_x, other=1)
+        factor = 1 / tl.maximum(many, 1).to(tl.float32)
     else:
         num_x, num_y = num_centroids, num_clusters
         target += query_rows * SIZE
@@ -177,13 +179,13 @@ def _constant_kernel(
 
 
 def mix_covariances(
-    sets: PointSets, log_mass: torch.Tensor, held: torch.Tensor, covariance: torch.Tensor
+    sets: PointSets, log_mass: torch.Tensor, members: Groups, covariance: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """M (H, query rows, D, D) in the dtype of the covariances, and float32 logsumexp_j L (H, query rows).
 
     Args:
         log_mass: (H, pairs) float32 L.
-        held: (Hkv, key rows) members of each cluster of keys.
+        members: Keys by cluster.
         covariance: (Hkv, key rows, D, D).
     """
     heads, head_dim = log_mass.shape[0], covariance.shape[3]
@@ -192,14 +194,14 @@ def mix_covariances(
     # Further ahead, several tiles in float32 would not fit the 99 KiB of smaller cards.
     stages = 4 if covariance.element_size() == 2 else 2
     _mix(
-        sets, log_mass, log_total, held, covariance, moment, covariance, None, TO_KEYS=False,
+        sets, log_mass, log_total, members, covariance, moment, covariance, None, TO_KEYS=False,
         num_stages=stages,
     )  # fmt: skip
     return moment, log_total
 
 
 def mix_gradients(
-    sets: PointSets, log_mass: torch.Tensor, log_total: torch.Tensor, held: torch.Tensor,
+    sets: PointSets, log_mass: torch.Tensor, log_total: torch.Tensor, members: Groups,
     covariance: torch.Tensor, grad_dipole: torch.Tensor, constant: torch.Tensor,
 ) -> torch.Tensor:  # fmt: skip
     """dCov (H, key rows, D, D), over the number of keys of each cluster; adds to the constants (H, pairs).
@@ -214,7 +216,7 @@ def mix_gradients(
     if sets.max_clusters > _TILE:  # several tiles add up in memory
         fill(products, 0)
     num_parts = _mix(
-        sets, log_mass, log_total, held, grad_dipole, grad_covariance, covariance, products, TO_KEYS=True,
+        sets, log_mass, log_total, members, grad_dipole, grad_covariance, covariance, products, TO_KEYS=True,
         num_stages=2,
     )  # fmt: skip
     tile, block_c = min(16, _TILE), min(_TILE, power_of_two(sets.max_clusters))
@@ -227,7 +229,7 @@ def mix_gradients(
     return grad_covariance
 
 
-def _mix(sets, log_mass, log_total, held, source, target, covariance, products, **flags) -> int:
+def _mix(sets, log_mass, log_total, members, source, target, covariance, products, **flags) -> int:
     """Returns the number of parts."""
     size = covariance.shape[3] ** 2
     part = ceil_div(size, _PARTS * _MIXED) * _MIXED
@@ -239,9 +241,9 @@ def _mix(sets, log_mass, log_total, held, source, target, covariance, products, 
     registers = {"maxnreg": 128} if covariance.element_size() == 2 else {}
     launch(
         _mix_kernel, (parts * tiles, sets.num_key_sets, heads),
-        sets.table, log_mass, log_total, held, source, target, covariance, products,
-        sets.num_key_sets, sets.num_key_rows, sets.num_query_rows, sets.num_pairs, tiles,
-        GROUP_HEADS=heads // covariance.shape[0], SIZE=size, PART=part, BLOCK_X=tile,
+        sets.table, log_mass, log_total, members.count, source, target, covariance, products,
+        members.strides()[2], sets.num_key_sets, sets.num_key_rows, sets.num_query_rows, sets.num_pairs,
+        tiles, GROUP_HEADS=heads // covariance.shape[0], SIZE=size, PART=part, BLOCK_X=tile,
         BLOCK_E=_MIXED, ONE_TILE=tiles == 1, MULTIPLE=sets.multiple, **registers, **flags,
     )  # fmt: skip
     return parts

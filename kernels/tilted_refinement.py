@@ -45,25 +45,31 @@ _FORWARD_REGISTERS, _BACKWARD_REGISTERS = {"maxnreg": 128}, {"maxnreg": 168}
 
 @triton.jit
 def _load_centroid(centroid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, first=0):
-    """q̄ (BLOCK_D, 16), in 16 equal columns: matrix units are the fastest way to its inner products."""
-    return tl.trans(gather_tokens(centroid, tl.zeros([16], tl.int32), 0, HEAD_DIM, BLOCK_D, first))
+    """q̄ in float32, from dimension `first` on."""
+    dims = first + tl.arange(0, BLOCK_D)
+    return tl.load(centroid + dims, mask=dims < HEAD_DIM, other=0).to(tl.float32)
 
 
 @triton.jit
-def _times(matrix, columns):
-    """The product with a vector in 16 equal columns."""
-    return tl.max(tl.dot(matrix, columns, input_precision="ieee"), 1)
+def _less(q, c):
+    """δ of a tile of queries, in their precision."""
+    return (q.to(tl.float32) - c[None, :]).to(q.dtype)
+
+
+@triton.jit
+def _load_points(own_order, places, many):
+    """Points of a cluster at these places, and the last again behind it. Of an empty cluster, any."""
+    return tl.load(own_order + tl.minimum(places, many - 1), mask=tl.zeros_like(places) < many, other=0)
 
 
 @triton.jit
 def _load_summaries(
-    log_mass, key_mean, value_mean, c, rows, exists, scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
+    log_mass, key_mean, value_mean, rows, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Means of keys and values, and the logits to base 2 of a query at zero: (L - q̄·k̃) log2 e."""
-    mass = tl.load(log_mass + rows, mask=exists, other=-float("inf"))
+    """Means of keys and values, and L log2 e."""
     k = load_tokens(key_mean, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
     v = load_tokens(value_mean, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
-    return k, v, (mass - _times(k, c) * scale) * LOG2_E
+    return k, v, tl.load(log_mass + rows, mask=exists, other=-float("inf")) * LOG2_E
 
 
 @triton.jit
@@ -80,42 +86,45 @@ def _forward_kernel(
     queries = tl.load(set_of_row + num_key_rows + row)
     centroid = head * num_rows + num_key_rows + row
     begin, many = tl.load(first + centroid), tl.load(count + centroid)
+    own_order = order + head * num_points + begin
+    lane = tl.arange(0, BLOCK_Q)
+    # Loaded ahead, as most programs have only one tile: what else they load is under way meanwhile.
+    points = _load_points(own_order, lane, many)
+    own_centroid = centroids + centroid * HEAD_DIM
+    c = _load_centroid(own_centroid, HEAD_DIM, BLOCK_D)
     num_clusters = set_field(table, queries - num_key_sets, CLUSTERS)
     a = num_key_rows + row - set_field(table, queries, FIRST_ROW)
     pairs = head * num_pairs + set_field(table, queries, FIRST_PAIR) + a * num_clusters
     token_of_point = set_field(table, queries, TARGET) - set_field(table, queries, FIRST_POINT)
     plane = plane_of(query, set_field(table, queries, ROW), head, stride_qb, stride_qh)
-    own_order = order + head * num_points + begin
     dims = tl.arange(0, BLOCK_D)
     j = tl.arange(0, BLOCK_C)
-    own_centroid = centroids + centroid * HEAD_DIM
-    c = _load_centroid(own_centroid, HEAD_DIM, BLOCK_D)
+    matrix = dipole
     if DIPOLE:
-        matrix = dipole + (head * (num_rows - num_key_rows) + row) * HEAD_DIM * HEAD_DIM
-        at_zero = tl.zeros([BLOCK_D], tl.float32)  # M δ of a query at zero
-        for e in tl.static_range(0, HEAD_DIM, BLOCK_E):
-            m = load_tokens(matrix, dims, dims < HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_E, e)
-            at_zero -= _times(m, _load_centroid(own_centroid, HEAD_DIM, BLOCK_E, e)) * scale
+        matrix += (head * (num_rows - num_key_rows) + row) * HEAD_DIM * HEAD_DIM
+        if BLOCK_E == BLOCK_D:
+            m = load_tokens(matrix, dims, dims < HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_D)
     if ONE_TILE:
-        k, v, bias = _load_summaries(
-            log_mass, key_mean, value_mean, c, pairs + j, j < num_clusters, scale, HEAD_DIM, BLOCK_D
+        k, v, mass = _load_summaries(
+            log_mass, key_mean, value_mean, pairs + j, j < num_clusters, HEAD_DIM, BLOCK_D
         )
+    q = load_tokens(plane, points + token_of_point, lane < many, stride_qn, HEAD_DIM, BLOCK_D)
     for q_first in range(0, many, BLOCK_Q):
-        places = q_first + tl.arange(0, BLOCK_Q)
-        inside = places < many
-        points = tl.load(own_order + tl.minimum(places, many - 1))
-        tokens = points + token_of_point
-        q = gather_tokens(plane, tokens, stride_qn, HEAD_DIM, BLOCK_D)
+        inside = q_first + lane < many
+        d = _less(q, c)
         o = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
         if DIPOLE:
-            for e in tl.static_range(0, HEAD_DIM, BLOCK_E):
-                if BLOCK_E < BLOCK_D:
+            if BLOCK_E == BLOCK_D:
+                o = tl.dot(d, tl.trans(m), o, input_precision="ieee")
+            else:
+                for e in tl.static_range(0, HEAD_DIM, BLOCK_E):
                     m = load_tokens(matrix, dims, dims < HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_E, e)
-                part = gather_tokens(plane, tokens, stride_qn, HEAD_DIM, BLOCK_E, e)
-                o = tl.dot(part, tl.trans(m), o, input_precision="ieee")
-            o = o * scale + at_zero[None, :]
+                    part = gather_tokens(plane, points + token_of_point, stride_qn, HEAD_DIM, BLOCK_E, e)
+                    part = _less(part, _load_centroid(own_centroid, HEAD_DIM, BLOCK_E, e))
+                    o = tl.dot(part, tl.trans(m), o, input_precision="ieee")
+            o *= scale
         if ONE_TILE:
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E) + bias[None, :]
+            s = tl.dot(d, tl.trans(k), input_precision="ieee") * (scale * LOG2_E) + mass[None, :]
             top = tl.max(s, 1)
             p = tl.exp2(s - top[:, None])
             total = tl.sum(p, 1)
@@ -126,10 +135,8 @@ def _forward_kernel(
             mean = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
             for c_first in range(0, num_clusters, BLOCK_C):
                 rows, exists = pairs + c_first + j, c_first + j < num_clusters
-                k, v, bias = _load_summaries(
-                    log_mass, key_mean, value_mean, c, rows, exists, scale, HEAD_DIM, BLOCK_D
-                )
-                s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E) + bias[None, :]
+                k, v, mass = _load_summaries(log_mass, key_mean, value_mean, rows, exists, HEAD_DIM, BLOCK_D)
+                s = tl.dot(d, tl.trans(k), input_precision="ieee") * (scale * LOG2_E) + mass[None, :]
                 new_top = tl.maximum(top, tl.max(s, 1))
                 p = tl.exp2(s - new_top[:, None])
                 shrink = tl.exp2(top - new_top)
@@ -141,6 +148,9 @@ def _forward_kernel(
         store_tokens(output + head * stride_oh, o, rows, inside, stride_on, HEAD_DIM, BLOCK_D)
         part_lse = (top + tl.log2(total)) / LOG2_E
         tl.store(lse + head * (num_points - num_key_points) + rows, part_lse, mask=inside)
+        follows = q_first + BLOCK_Q + lane < many
+        points = _load_points(own_order, q_first + BLOCK_Q + lane, many)
+        q = load_tokens(plane, points + token_of_point, follows, stride_qn, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -186,68 +196,71 @@ def _backward_kernel(
     terms += (head * num_tokens + batch_row.to(tl.int64) * length) * 2
     part_lse += head * (num_points - num_key_points) - num_key_points
     own_order = order + head * num_points + begin
+    lane = tl.arange(0, BLOCK_Q)
+    points = _load_points(own_order, lane, many)
     grad_query += head * stride_dh - num_key_points.to(tl.int64) * stride_dn
     dims = tl.arange(0, BLOCK_D)
     own_centroid = centroids + centroid * HEAD_DIM
     c = _load_centroid(own_centroid, HEAD_DIM, BLOCK_D)
+    matrix = dipole
     if DIPOLE:
-        own_c = tl.load(own_centroid + dims, mask=dims < HEAD_DIM, other=0).to(tl.float32)
-        matrix = dipole + (head * (num_rows - num_key_rows) + row) * HEAD_DIM * HEAD_DIM
+        matrix += (head * (num_rows - num_key_rows) + row) * HEAD_DIM * HEAD_DIM
         if BLOCK_E == BLOCK_D:
             m = load_tokens(matrix, dims, dims < HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_D)
     for tile in range(0, BLOCK_C if ONE_TILE else num_clusters, BLOCK_C):
         j = tile + tl.arange(0, BLOCK_C)
         exists = j < num_clusters
         rows = pairs + a * num_clusters + j
-        k, v, bias = _load_summaries(
-            log_mass, key_mean, value_mean, c, rows, exists, scale, HEAD_DIM, BLOCK_D
-        )
+        k, v, mass = _load_summaries(log_mass, key_mean, value_mean, rows, exists, HEAD_DIM, BLOCK_D)
+        if not ONE_TILE:
+            points = _load_points(own_order, lane, many)
+        q = load_tokens(plane, points + token_of_point, lane < many, stride_qn, HEAD_DIM, BLOCK_D)
         dk = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
         dv = tl.zeros([BLOCK_C, BLOCK_D], tl.float32)
-        dmass = tl.zeros([BLOCK_C, 16], tl.float32)
-        ones = tl.full([BLOCK_Q, 16], 1, k.dtype)
+        dmass = tl.zeros([BLOCK_C], tl.float32)
         for q_first in range(0, many, BLOCK_Q):
-            places = q_first + tl.arange(0, BLOCK_Q)
-            inside = places < many
-            points = tl.load(own_order + tl.minimum(places, many - 1))
+            inside = q_first + lane < many
             tokens = points + token_of_point
-            q = gather_tokens(plane, tokens, stride_qn, HEAD_DIM, BLOCK_D)
             do = gather_tokens(grad_plane, tokens, stride_gn, HEAD_DIM, BLOCK_D)
             query_lse, query_delta, own_lse = _load_terms(terms, part_lse, tokens, points, BLOCK_Q)
             query_lse = tl.where(inside, query_lse, float("inf"))
+            d = _less(q, c)
             shift = -query_delta
             dq = tl.zeros([BLOCK_D, BLOCK_Q], tl.float32)
             if DIPOLE:
-                for e in tl.static_range(0, HEAD_DIM, BLOCK_E):  # M do
-                    part = gather_tokens(grad_plane, tokens, stride_gn, HEAD_DIM, BLOCK_E, e)
-                    if BLOCK_E < BLOCK_D:
+                if BLOCK_E == BLOCK_D:
+                    dq = tl.dot(tl.trans(m), tl.trans(do), dq, input_precision="ieee")  # M do
+                else:
+                    for e in tl.static_range(0, HEAD_DIM, BLOCK_E):
+                        part = gather_tokens(grad_plane, tokens, stride_gn, HEAD_DIM, BLOCK_E, e)
                         part_dims = e + tl.arange(0, BLOCK_E)
                         m = load_tokens(matrix, part_dims, part_dims < HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_D)
-                    dq = tl.dot(tl.trans(m), tl.trans(part), dq, input_precision="ieee")
-                shift += tl.sum(dq * (tl.trans(q).to(tl.float32) - own_c[:, None]), 0) * scale  # do·M δ
+                        dq = tl.dot(tl.trans(m), tl.trans(part), dq, input_precision="ieee")
+                shift += tl.sum(dq * tl.trans(d).to(tl.float32), 0) * scale  # do·M δ
                 dq *= tl.exp2(own_lse * LOG2_E - query_lse)[None, :]
                 if tile > 0:  # the first has added it
                     dq = tl.zeros_like(dq)
-            s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2_E) + bias[:, None]
-            p = tl.exp2(s - query_lse[None, :])
+            s = tl.dot(k, tl.trans(d), input_precision="ieee")
+            p = tl.exp2(s * (scale * LOG2_E) + (mass[:, None] - query_lse[None, :]))
             ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") + shift[None, :])
             dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-            ds = ds.to(q.dtype)
-            dk = tl.dot(ds, q, dk, input_precision="ieee")
-            # As a product too, so that what ds in low precision makes of q and of q̄ adds up to δ.
-            dmass = tl.dot(ds, ones, dmass, input_precision="ieee")
-            dq = tl.trans(tl.dot(tl.trans(k), ds, dq, input_precision="ieee") * scale)
+            ds = ds.to(d.dtype)
+            dk = tl.dot(ds, d, dk, input_precision="ieee")
+            dmass += tl.sum(ds.to(tl.float32), 1)
+            dq = tl.dot(tl.trans(k), ds, dq, input_precision="ieee") * scale
             if tile > 0:
-                dq += load_tokens(grad_query, points, inside, stride_dn, HEAD_DIM, BLOCK_D)
+                dq += tl.trans(load_tokens(grad_query, points, inside, stride_dn, HEAD_DIM, BLOCK_D))
+            dq = tl.trans(dq.to(grad_query.dtype.element_ty))  # in this order numbers are rounded in pairs
             store_tokens(grad_query, dq, points, inside, stride_dn, HEAD_DIM, BLOCK_D)
-        dmass = tl.max(dmass, 1)  # of 16 equal columns
+            follows = q_first + BLOCK_Q + lane < many
+            points = _load_points(own_order, q_first + BLOCK_Q + lane, many)
+            q = load_tokens(plane, points + token_of_point, follows, stride_qn, HEAD_DIM, BLOCK_D)
         tl.debug_barrier()  # what follows is loaded again, for registers are scarce in the loop
-        own_c = tl.load(own_centroid + dims, mask=dims < HEAD_DIM, other=0).to(tl.float32)
         if not SHARED:
             k = load_tokens(key_mean, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
             v = load_tokens(value_mean, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
         # In the precision in which they are stored, so that what the keys make of them adds up.
-        dk = ((dk - dmass[:, None] * own_c[None, :]) * scale).to(k.dtype)
+        dk = (dk * scale).to(k.dtype)
         dv = dv.to(k.dtype)
         store_tokens(grad_key_mean, dk, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
         store_tokens(grad_value_mean, dv, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
@@ -280,20 +293,21 @@ def _dipole_backward_kernel(
     terms += (head * num_tokens + batch_row.to(tl.int64) * length) * 2
     part_lse += head * (num_points - num_key_points) - num_key_points
     own_order = order + head * num_points + begin
-    dims = tl.arange(0, BLOCK_D)
-    c = tl.load(centroids + centroid * HEAD_DIM + dims, mask=dims < HEAD_DIM, other=0).to(tl.float32)
+    lane = tl.arange(0, BLOCK_Q)
+    points = _load_points(own_order, lane, many)
+    c = _load_centroid(centroids + centroid * HEAD_DIM, HEAD_DIM, BLOCK_D)
     product = tl.zeros([BLOCK_E, BLOCK_D], tl.float32)
+    q = load_tokens(plane, points + token_of_point, lane < many, stride_qn, HEAD_DIM, BLOCK_D)
     for q_first in range(0, many, BLOCK_Q):
-        places = q_first + tl.arange(0, BLOCK_Q)
-        inside = places < many
-        points = tl.load(own_order + tl.minimum(places, many - 1))
         tokens = points + token_of_point
-        q = gather_tokens(plane, tokens, stride_qn, HEAD_DIM, BLOCK_D)
         do = gather_tokens(grad_plane, tokens, stride_gn, HEAD_DIM, BLOCK_E, part * BLOCK_E)
         query_lse, _, own_lse = _load_terms(terms, part_lse, tokens, points, BLOCK_Q)
-        share = tl.where(inside, tl.exp2(own_lse * LOG2_E - query_lse), 0)
+        share = tl.where(q_first + lane < many, tl.exp2(own_lse * LOG2_E - query_lse), 0)
         pull = ((q.to(tl.float32) - c[None, :]) * share[:, None]).to(q.dtype)
         product = tl.dot(tl.trans(do), pull, product, input_precision="ieee")
+        follows = q_first + BLOCK_Q + lane < many
+        points = _load_points(own_order, q_first + BLOCK_Q + lane, many)
+        q = load_tokens(plane, points + token_of_point, follows, stride_qn, HEAD_DIM, BLOCK_D)
     own_dims = part * BLOCK_E + tl.arange(0, BLOCK_E)
     matrix = grad_dipole + (head * (num_rows - num_key_rows) + row) * HEAD_DIM * HEAD_DIM
     store_tokens(matrix, product * scale, own_dims, own_dims < HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_D)
@@ -356,7 +370,7 @@ def refine_backward(
         # A warp for 16 rows of the summaries: more would do the same work again.
         "num_warps": max(block_c // 16, 1 if narrow else 4) if low else tiles["num_warps"],
         "SHARED": low and block_c == 64 and has_much_shared_memory(query),  # as warp groups do on Hopper
-        "num_stages": 2 if narrow or (low and has_much_shared_memory(query)) else 1,
+        "num_stages": tiles["num_stages"] if narrow or (low and has_much_shared_memory(query)) else 1,
     }
     launch(
         _backward_kernel, (sets.num_query_rows, heads),
@@ -398,5 +412,6 @@ def _tiles(query: torch.Tensor) -> dict[str, int]:
         "BLOCK_Q": rows,
         "BLOCK_E": min(dims, block_d),
         "num_warps": 4 if row_bytes <= 256 else 8,
-        "num_stages": 2,
+        # Of a dipole in parts, two stages would hold all parts at once.
+        "num_stages": 2 if dims >= block_d else 1,
     }

@@ -14,14 +14,13 @@ import torch
 import triton
 import triton.language as tl
 from muse_hf.kernels.common import LOG2_E, gather_tokens, load_tokens, plane_of, power_of_two, store_tokens
+from muse_hf.kernels.kmeans import Groups
 from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.point_sets import (
-    CAPACITY,
     CLUSTERS,
     FIRST_PAIR,
     FIRST_POINT,
     FIRST_ROW,
-    FIRST_SLOT,
     ROW,
     TARGET,
     PointSets,
@@ -55,11 +54,11 @@ class Summaries(NamedTuple):
 
 
 @triton.jit
-def member_places(table, number, row, members, head, num_slots):
-    """Where the members of a cluster are listed, and what makes a token of a point."""
-    slot = (row - set_field(table, number, FIRST_ROW)) * set_field(table, number, CAPACITY)
-    slots = members + head.to(tl.int64) * num_slots + set_field(table, number, FIRST_SLOT) + slot
-    return slots, set_field(table, number, TARGET) - set_field(table, number, FIRST_POINT)
+def find_members(row, head, order, first, count, stride_oh, stride_fh, stride_ch):
+    """Where the members of a cluster of keys are listed, and how many there are. Strides of `Groups`."""
+    head = head.to(tl.int64)
+    slots = order + head * stride_oh + tl.load(first + head * stride_fh + row)
+    return slots, tl.load(count + head * stride_ch + row)
 
 
 @triton.jit
@@ -124,9 +123,9 @@ def _covary(
         product = tl.dot(tl.trans(v), k, product, input_precision="ieee")
         k_total = tl.dot(tl.trans(k), ones, k_total, input_precision="ieee")
         v_total = tl.dot(tl.trans(v), ones, v_total, input_precision="ieee")
-    many = tl.maximum(held, 1).to(tl.float32)
-    k_mean, v_mean = tl.max(k_total, 1) / many, tl.max(v_total, 1) / many
-    product = product / many - v_mean[:, None] * k_mean[None, :]
+    inverse = 1 / tl.maximum(held, 1).to(tl.float32)
+    k_mean, v_mean = tl.max(k_total, 1) * inverse, tl.max(v_total, 1) * inverse
+    product = product * inverse - v_mean[:, None] * k_mean[None, :]
     dims, own_dims = tl.arange(0, BLOCK_D), first_dim + tl.arange(0, BLOCK_E)
     at = (own_row * HEAD_DIM + own_dims)[:, None] * HEAD_DIM + dims[None, :]
     tl.store(covariance + at, product, mask=(own_dims < HEAD_DIM)[:, None] & (dims < HEAD_DIM)[None, :])
@@ -137,10 +136,10 @@ def _covary(
 
 @triton.jit
 def _summary_kernel(
-    key, value, table, set_of_row, members, held, centroids, log_mass, key_mean, value_mean,
+    key, value, table, set_of_row, order, first, count, centroids, log_mass, key_mean, value_mean,
     covariance, key_means, value_means,
-    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    num_key_sets, num_key_rows, num_rows, num_slots, num_pairs, tiles_of_centroids, scale,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_oh, stride_fh, stride_ch,
+    num_key_sets, num_key_rows, num_rows, num_pairs, tiles_of_centroids, scale,
     DIPOLE: tl.constexpr, GROUP_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -151,8 +150,8 @@ def _summary_kernel(
     row, part, kv_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     number = tl.load(set_of_row + row)
     own_row = kv_head.to(tl.int64) * num_key_rows + row
-    many = tl.load(held + own_row)
-    slots, token_of_point = member_places(table, number, row, members, kv_head, num_slots)
+    slots, many = find_members(row, kv_head, order, first, count, stride_oh, stride_fh, stride_ch)
+    token_of_point = set_field(table, number, TARGET) - set_field(table, number, FIRST_POINT)
     batch_row = set_field(table, number, ROW)
     keys = plane_of(key, batch_row, kv_head, stride_kb, stride_kh)
     values = plane_of(value, batch_row, kv_head, stride_vb, stride_vh)
@@ -179,14 +178,14 @@ def _summary_kernel(
 
 
 def summarise(
-    key: torch.Tensor, value: torch.Tensor, sets: PointSets, members: torch.Tensor, held: torch.Tensor,
-    centroids: torch.Tensor, scale: float, dipole: bool,
+    key: torch.Tensor, value: torch.Tensor, sets: PointSets, members: Groups, centroids: torch.Tensor,
+    scale: float, dipole: bool,
 ) -> Summaries:  # fmt: skip
     """Summaries of all clusters of keys for the query centroids (H, rows, D) of their sets.
 
     Args:
         key, value: (B, Hkv, K, D).
-        members, held: (Hkv, slots) and (Hkv, key rows), see `members_with_capacity`.
+        members: Keys by cluster.
         scale: Factor on the logits.
     """
     kv_heads, head_dim = key.shape[1], key.shape[3]
@@ -205,13 +204,13 @@ def summarise(
         tiles["maxnreg"] = 128  # 16 warps share a multiprocessor
     launch(
         _summary_kernel, (sets.num_key_rows, groups * tiles_of_centroids, kv_heads),
-        key, value, sets.table, sets.set_of_row, members, held, centroids, log_mass, key_mean, value_mean,
-        covariance, *both_means, *key.stride()[:3], *value.stride()[:3],
-        sets.num_key_sets, sets.num_key_rows, sets.num_rows, sets.num_slots, sets.num_pairs,
-        tiles_of_centroids, scale, DIPOLE=dipole, GROUP_HEADS=groups, num_stages=2, **tiles,
+        key, value, sets.table, sets.set_of_row, *members, centroids, log_mass, key_mean, value_mean,
+        covariance, *both_means, *key.stride()[:3], *value.stride()[:3], *members.strides(),
+        sets.num_key_sets, sets.num_key_rows, sets.num_rows, sets.num_pairs, tiles_of_centroids, scale,
+        DIPOLE=dipole, GROUP_HEADS=groups, num_stages=2, **tiles,
     )  # fmt: skip
     if dipole:
-        moment, log_total = mix_covariances(sets, log_mass, held, covariance)
+        moment, log_total = mix_covariances(sets, log_mass, members, covariance)
     return Summaries(log_mass, key_mean, value_mean, covariance, means, moment, log_total)
 
 

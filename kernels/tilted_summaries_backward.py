@@ -9,10 +9,20 @@ import torch
 import triton
 import triton.language as tl
 from muse_hf.kernels.common import LOG2_E, has_much_shared_memory, load_tokens, plane_of, store_tokens
+from muse_hf.kernels.kmeans import Groups
 from muse_hf.kernels.launch import launch
-from muse_hf.kernels.point_sets import CLUSTERS, FIRST_PAIR, FIRST_ROW, ROW, PointSets, set_field
+from muse_hf.kernels.point_sets import (
+    CLUSTERS,
+    FIRST_PAIR,
+    FIRST_POINT,
+    FIRST_ROW,
+    ROW,
+    TARGET,
+    PointSets,
+    set_field,
+)
 from muse_hf.kernels.tilted_dipole import mix_gradients
-from muse_hf.kernels.tilted_summaries import Summaries, member_places, summary_tiles
+from muse_hf.kernels.tilted_summaries import Summaries, find_members, summary_tiles
 
 
 class SummaryGradients(NamedTuple):
@@ -33,13 +43,10 @@ class SummaryGradients(NamedTuple):
 @triton.jit
 def _load_pairs(
     centroids, grad_key_mean, grad_value_mean, log_mass, constant, centroid, pairs, j, first,
-    num_clusters, num_centroids, scale,
+    num_clusters, num_centroids,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
-    """A tile of query centroids and all that belongs to their pairs with cluster j.
-
-    Masses are in base 2, and constants are scaled.
-    """
+    """A tile of query centroids and what belongs to their pairs with cluster j, see `_split_numbers`."""
     a = first + tl.arange(0, BLOCK_A)
     exists = a < num_centroids
     rows = pairs + a * num_clusters + j
@@ -47,14 +54,19 @@ def _load_pairs(
     is_mass = tl.arange(0, 2)[None, :] == 0
     at = tl.where(is_mass, log_mass + rows[:, None], constant + (pairs + j * num_centroids + a)[:, None])
     numbers = tl.load(at, mask=exists[:, None], other=tl.where(is_mass, float("inf"), 0))
-    mass, c = tl.split(numbers)
     return (
         load_tokens(centroids, centroid + a, exists, HEAD_DIM, HEAD_DIM, BLOCK_D),
         load_tokens(grad_key_mean, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D),
         load_tokens(grad_value_mean, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D),
-        mass * LOG2_E,
-        c * scale,
+        numbers,
     )
+
+
+@triton.jit
+def _split_numbers(numbers, scale):
+    """Masses in base 2, and scaled constants. This waits for them: loads should be under way before."""
+    mass, c = tl.split(numbers)
+    return mass * LOG2_E, c * scale
 
 
 @triton.jit
@@ -81,11 +93,11 @@ def _load_members(
 
 @triton.jit
 def _key_backward_kernel(
-    key, value, table, set_of_row, members, held, centroids, log_mass, grad_key_mean, grad_value_mean,
+    key, value, table, set_of_row, order, first, count, centroids, log_mass, grad_key_mean, grad_value_mean,
     constant, grad_covariance, key_means, value_means, grad_key, grad_value,
-    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_oh, stride_fh, stride_ch,
     stride_gkh, stride_gkn, stride_gvh, stride_gvn,
-    num_key_sets, num_key_rows, num_rows, num_slots, num_pairs, scale,
+    num_key_sets, num_key_rows, num_rows, num_pairs, scale,
     DIPOLE: tl.constexpr, GROUP_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr, BLOCK_E: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
@@ -100,10 +112,9 @@ def _key_backward_kernel(
     number = tl.load(set_of_row + row)
     queries = number + num_key_sets
     own_row = kv_head * num_key_rows + row
-    many = tl.load(held + own_row)
-    slots, token_of_point = member_places(table, number, row, members, kv_head, num_slots)
+    slots, many = find_members(row, kv_head, order, first, count, stride_oh, stride_fh, stride_ch)
     batch_row = set_field(table, number, ROW)
-    token_of_point = token_of_point.to(tl.int64)
+    token_of_point = (set_field(table, number, TARGET) - set_field(table, number, FIRST_POINT)).to(tl.int64)
     keys = plane_of(key, batch_row, kv_head, stride_kb, stride_kh) + token_of_point * stride_kn
     values = plane_of(value, batch_row, kv_head, stride_vb, stride_vh) + token_of_point * stride_vn
     grad_key += kv_head * stride_gkh
@@ -118,9 +129,9 @@ def _key_backward_kernel(
         keys, values, slots, 0, many, stride_kn, stride_vn, HEAD_DIM, BLOCK_D, BLOCK_M
     )
     if SINGLE:
-        q, dk_mean, dv_mean, mass, c = _load_pairs(
+        q, dk_mean, dv_mean, numbers = _load_pairs(
             centroids, grad_key_mean, grad_value_mean, log_mass, constant, centroid, pairs, j, 0,
-            num_clusters, num_centroids, scale, HEAD_DIM, BLOCK_D, BLOCK_A,
+            num_clusters, num_centroids, HEAD_DIM, BLOCK_D, BLOCK_A,
         )  # fmt: skip
     k_start, v_start = tl.zeros([BLOCK_D], tl.float32), tl.zeros([BLOCK_D], tl.float32)
     if DIPOLE:
@@ -139,17 +150,20 @@ def _key_backward_kernel(
         if SINGLE and BLOCK_E == BLOCK_D:
             own = grad_covariance + matrix * HEAD_DIM * HEAD_DIM
             whole = load_tokens(own, dims, dims < HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_D)
+    if SINGLE:
+        mass, c = _split_numbers(numbers, scale)
     for first_member in range(0, many, BLOCK_M):
         dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32) + k_start[None, :]
         dv = tl.zeros([BLOCK_M, BLOCK_D], tl.float32) + v_start[None, :]
         for i in range(GROUP_HEADS):
-            for first in range(0, BLOCK_A if SINGLE else num_centroids, BLOCK_A):
+            for a in range(0, BLOCK_A if SINGLE else num_centroids, BLOCK_A):
                 if not SINGLE:
-                    q, dk_mean, dv_mean, mass, c = _load_pairs(
+                    q, dk_mean, dv_mean, numbers = _load_pairs(
                         centroids, grad_key_mean, grad_value_mean, log_mass, constant,
-                        centroid + i * num_rows, pairs + i * num_pairs, j, first,
-                        num_clusters, num_centroids, scale, HEAD_DIM, BLOCK_D, BLOCK_A,
+                        centroid + i * num_rows, pairs + i * num_pairs, j, a,
+                        num_clusters, num_centroids, HEAD_DIM, BLOCK_D, BLOCK_A,
                     )  # fmt: skip
+                    mass, c = _split_numbers(numbers, scale)
                 s = tl.dot(k, tl.trans(q), input_precision="ieee")
                 w = tl.exp2(s * (scale * LOG2_E) - mass[None, :])
                 ds = tl.dot(k, tl.trans(dk_mean), input_precision="ieee")
@@ -183,8 +197,8 @@ def _key_backward_kernel(
 
 
 def summaries_backward(
-    key: torch.Tensor, value: torch.Tensor, sets: PointSets, members: torch.Tensor, held: torch.Tensor,
-    centroids: torch.Tensor, scale: float, summaries: Summaries, grads: SummaryGradients,
+    key: torch.Tensor, value: torch.Tensor, sets: PointSets, members: Groups, centroids: torch.Tensor,
+    scale: float, summaries: Summaries, grads: SummaryGradients,
     grad_key: torch.Tensor, grad_value: torch.Tensor,
 ) -> None:  # fmt: skip
     """Write the gradients of keys and values to the points (Hkv, points, D) of their sets, any strides."""
@@ -194,16 +208,17 @@ def summaries_backward(
     if grads.dipole is not None:
         masses = (summaries.log_mass, summaries.log_total)
         grad_covariance = mix_gradients(
-            sets, *masses, held, summaries.covariance, grads.dipole, grads.constant
+            sets, *masses, members, summaries.covariance, grads.dipole, grads.constant
         )
     means = (None, None) if summaries.means is None else summaries.means.unbind()
     tiles = _key_backward_tiles(key, sets)
     launch(
         _key_backward_kernel, (sets.num_key_rows, kv_heads),
-        key, value, sets.table, sets.set_of_row, members, held, centroids, summaries.log_mass,
+        key, value, sets.table, sets.set_of_row, *members, centroids, summaries.log_mass,
         grads.key_mean, grads.value_mean, grads.constant, grad_covariance, *means, grad_key, grad_value,
-        *key.stride()[:3], *value.stride()[:3], *grad_key.stride()[:2], *grad_value.stride()[:2],
-        sets.num_key_sets, sets.num_key_rows, sets.num_rows, sets.num_slots, sets.num_pairs, scale,
+        *key.stride()[:3], *value.stride()[:3], *members.strides(),
+        *grad_key.stride()[:2], *grad_value.stride()[:2],
+        sets.num_key_sets, sets.num_key_rows, sets.num_rows, sets.num_pairs, scale,
         DIPOLE=grad_covariance is not None, GROUP_HEADS=groups,
         SINGLE=groups == 1 and sets.max_clusters <= tiles["BLOCK_A"], **tiles,
     )  # fmt: skip

@@ -55,7 +55,8 @@ class MuseConfig:
             block, `"past"`, which is strictly causal, or of the attending block, `"own"`, which is the
             paper's way and lets a token influence outputs before it. `"own"` needs the dyadic hierarchy.
         kmeans_iters: Centroid updates of k-means, each followed by an assignment.
-        cluster_cap: A key cluster holds at most ceil(cluster_cap * keys / clusters) keys.
+        cluster_cap: A key cluster holds at most ceil(cluster_cap * keys / clusters) keys, or with `None` all
+            that are nearest to its centroid, for which kernels that retrieve have no room.
         layers: Which layers use MuSe: `None` for every layer, a list of layer indices, or a mapping from
             layer index to the fields that differ in that layer, such as `{3: {"num_retrieved": 64}}`.
             Negative indices count from the last layer. All other layers attend exactly.
@@ -79,7 +80,7 @@ class MuseConfig:
     multipole: str = "monopole"
     query_centroids: str = "past"
     kmeans_iters: int = 2
-    cluster_cap: float = 1.5
+    cluster_cap: float | None = 1.5
     min_length: int | None = None
     layers: list[int] | dict[int, dict[str, Any]] | None = None
     backend: str = "auto"
@@ -90,9 +91,10 @@ class MuseConfig:
         for field, choices in _CHOICES.items():
             if getattr(self, field) not in choices:
                 self._refuse(field, f"must be one of {', '.join(map(repr, choices))}")
-        self._check_number("cluster_cap")
-        if not 1 <= self.cluster_cap < math.inf:
-            self._refuse("cluster_cap", "must be finite and at least 1, or clusters cannot hold all keys")
+        if self.cluster_cap is not None:
+            self._check_number("cluster_cap")
+            if not 1 <= self.cluster_cap < math.inf:
+                self._refuse("cluster_cap", "must be finite and at least 1, or clusters cannot hold all keys")
         self._check_number("retrieval_threshold")
         if not 0 <= self.retrieval_threshold < 1:
             self._refuse("retrieval_threshold", "is a share: at least 0 and less than 1")
@@ -113,8 +115,8 @@ class MuseConfig:
             "hierarchy": "dyadic",
             "multipole": "dipole",
             "kmeans_iters": 1,
-            # Seldom reached: without retrieval a large cluster costs nothing, and moving keys does.
-            "cluster_cap": 3.0,
+            # Without retrieval a large cluster costs little, and moving keys to others does.
+            "cluster_cap": None,
         }
         return cls(**setting).replace(**overrides)
 
@@ -174,6 +176,8 @@ class MuseConfig:
 
     def capacity_for(self, length: int) -> int:
         """Largest number of keys in one cluster of a block of `length` keys."""
+        if self.cluster_cap is None:
+            return length
         return min(length, math.ceil(self.cluster_cap * length / self.clusters_for(length)))
 
     def layer_indices(self, num_layers: int) -> list[int]:

@@ -54,7 +54,7 @@ class LayerMeasurement:
         return (
             f"MuSe in layer {self.layer} is off by {self.error:.0%} of exact attention's output (relative "
             f"squared error, more than {ERROR_LIMIT:.0%}). Give k-means more iterations (kmeans_iters, now "
-            f"{self.config.kmeans_iters}) or a tighter cap (cluster_cap, now {self.config.cluster_cap:g}; "
+            f"{self.config.kmeans_iters}) or a tighter cap (cluster_cap, now {self.config.cluster_cap}; "
             f"the largest key cluster has {self.largest_cluster:.0f} keys), retrieve more clusters "
             f"(num_retrieved, now {self.config.num_retrieved}; retrieval_threshold, now "
             f"{self.config.retrieval_threshold:g}), or use another layer (MuseConfig.layers)"

@@ -33,7 +33,9 @@ def test_members_are_those_of_the_reference(length, num_clusters, capacity, most
     sets = [PointSet(0, 0, length, num_clusters, False, 0, length, 0, capacity)]
     sets = point_sets(sets, [], key.device)
     centroids = kmeans(key, key, sets, 0)
-    members, held = members_with_capacity(key, sets, centroids, *sort_by_cluster(key, key, sets, centroids))
+    members, _, held = members_with_capacity(
+        key, sets, centroids, *sort_by_cluster(key, key, sets, centroids)
+    )
     points = key[0].cpu()
     expected = assign_with_capacity(points, kmeans_centroids(points, num_clusters, 0), capacity)
     for head in range(2):

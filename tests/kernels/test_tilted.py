@@ -50,9 +50,9 @@ def test_acausal_kernels_compute_what_the_reference_does(shape, changes):
     [
         ({"heads": 2, "keys": 70}, {}),
         ({"batch": 2, "head_dim": 24, "keys": 48}, {"multipole": "monopole", "query_centroids": "own"}),
-        ({"keys": 37}, {"cluster_size": 3, "query_centroids": "own"}),
+        ({"keys": 37}, {"cluster_size": 3, "query_centroids": "own", "cluster_cap": 1.5}),
     ],
-    ids=["grouped heads, three levels", "full blocks, own centroids", "fewer queries than clusters"],
+    ids=["grouped heads, three levels", "full blocks, own centroids", "capped, fewer queries than clusters"],
 )
 def test_causal_kernels_compute_what_the_reference_does(shape, changes):
     check(inputs(queries=shape["keys"], **shape), CONFIG.replace(**changes))
@@ -79,22 +79,31 @@ def test_packed_and_padded_sequences_equal_each_alone():
 
 
 @pytest.mark.parametrize("dtype", LOW)
-def test_low_precision_costs_no_more_than_rounding(dtype):
+@pytest.mark.parametrize(
+    ("is_causal", "tokens", "head_dim", "num_clusters"),
+    [(True, 48, 16, 3), (False, 40, 144, 16), (False, 150, 80, 64), (False, 90, 64, 70)],
+    ids=["causal", "dipole in parts", "head_dim 80", "tiles of clusters"],
+)
+def test_low_precision_costs_no_more_than_rounding(dtype, is_causal, tokens, head_dim, num_clusters):
     """Inputs of a few bits, and some of them as centroids: clusters are the same in every precision."""
-    config = CONFIG.replace(kmeans_iters=0)
-    tensors = [(tensor * 4).round().div(4).to(dtype) for tensor in inputs(keys=48, queries=48)]
-    exact = reference([tensor.double() for tensor in tensors], config)
-    low = reference(tensors, config)
-    for name, actual, rounded, expected in zip(NAMES, results(tensors, config), low, exact):
+    config = CONFIG.replace(kmeans_iters=0, num_clusters=num_clusters, local_block=max(16, num_clusters))
+    tensors = [
+        (tensor * 4).round().div(4).to(dtype)
+        for tensor in inputs(keys=tokens, queries=tokens, head_dim=head_dim)
+    ]
+    exact = reference([tensor.double() for tensor in tensors], config, is_causal)
+    low = reference(tensors, config, is_causal)
+    for name, actual, rounded, expected in zip(NAMES, results(tensors, config, is_causal), low, exact):
         here, usual = error(actual, expected), error(rounded, expected)
         assert here < 2 * usual + 1e-3, f"{name}: relative error {here:.1e}, the reference's {usual:.1e}"
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-def test_operators_are_declared_rightly(is_causal):
+@pytest.mark.parametrize("capacities", [[9, 17], [40, 40]], ids=["capped", "uncapped"])
+def test_operators_are_declared_rightly(is_causal, capacities):
     query, key, value, _ = inputs(queries=40, keys=40)
     leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
-    levels = ([0, 40], 16, [3, 3], [9, 17]) if is_causal else ([], 16, [3, 3], [21, 21])
+    levels = ([0, 40] if is_causal else [], 16, [3, 3], capacities)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     arguments = (*leaves, 0.25, *levels, False, 1, True)
     torch.library.opcheck(tilted_attention.OP.operator, arguments, test_utils=tests)

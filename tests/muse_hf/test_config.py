@@ -66,12 +66,14 @@ def test_number_and_capacity_of_clusters():
     assert config.clusters_for(1000) == 32
     assert config.capacity_for(1000) == 47
     assert config.capacity_for(1000) * config.clusters_for(1000) >= 1000
+    assert config.replace(cluster_cap=None).capacity_for(1000) == 1000, "one cluster may take them all"
 
 
 def test_paper_setting():
     paper = MuseConfig.paper()
     assert (paper.num_clusters, paper.num_retrieved, paper.local_block) == (64, 0, 8192)
     assert (paper.summaries, paper.hierarchy, paper.multipole) == ("tilted", "dyadic", "dipole")
+    assert paper.cluster_cap is None
     assert MuseConfig.paper(local_block=4096).local_block == 4096
     assert MuseConfig.paper(cluster_size=64).num_clusters is None, "a size takes the place of the number"
 

@@ -39,7 +39,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ import transformers
 from accelerate import Accelerator, PartialState, skip_first_batches
 from accelerate.utils import (
     DataLoaderConfiguration,
+    FullyShardedDataParallelPlugin,
     GradientAccumulationPlugin,
     ParallelismConfig,
     ProjectConfiguration,
@@ -211,10 +212,20 @@ def make_accelerator(run: RunArguments, folder: Path) -> Accelerator:
         project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "tensorboard")),
     )
     check_parallelism(accelerator.parallelism_config)
+    if accelerator.is_fsdp2:
+        keep_sums_precise(accelerator.state.fsdp_plugin)
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         # Accelerate would train in float32 without a word.
         raise UsageError("--mixed_precision fp16 needs a GPU; on a CPU use bf16 or no.")
     return accelerator
+
+
+def keep_sums_precise(plugin: FullyShardedDataParallelPlugin) -> None:
+    """Accelerate's FSDP2 would round the loss that a model returns, and the sums of gradients, to 16 bits."""
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(
+            plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32
+        )
 
 
 def check_parallelism(config: ParallelismConfig | None) -> None:

@@ -1,6 +1,6 @@
-"""What each process of test_distributed.py does: a whole run, one that breaks off, and its resumption.
+"""What each process of test_distributed.py does: a whole run, or also one that breaks off and its resumption.
 
-accelerate launch --config_file CONFIG tests/examples/two_processes.py FOLDER ARGUMENTS
+accelerate launch --config_file CONFIG tests/examples/two_processes.py whole|both FOLDER ARGUMENTS
 """
 
 import itertools
@@ -20,8 +20,10 @@ from tests.examples.running import pretrain, run
 
 def main() -> None:
     torch.set_num_threads(1)
-    folder, arguments = Path(sys.argv[1]), sys.argv[2:]
+    runs, folder, arguments = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
     assert run("--output_dir", folder / "whole", *arguments) == 0
+    if runs == "whole":
+        return
     broken = ["--output_dir", folder / "broken"]
     with breaking_off_at_evaluation(1):  # in the last step of the first training
         assert run(*broken, *arguments) == 130

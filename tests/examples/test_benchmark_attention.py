@@ -19,7 +19,7 @@ import benchmark_attention  # noqa: E402
 import benchmark_gate  # noqa: E402
 from benchmark_cases import PRESETS, Case, Inputs, Shape, file_shape  # noqa: E402
 from benchmark_gate import GateError, pass_gate  # noqa: E402
-from benchmark_measure import Peers, Times, relative_square, window_mask  # noqa: E402
+from benchmark_measure import Peers, Times, relative_square, steadiest, window_mask  # noqa: E402
 
 CPU = torch.device("cpu")
 SETTING = {"local_block": 16, "cluster_size": 4, "num_retrieved": 2}
@@ -292,6 +292,21 @@ def test_the_table_holds_what_the_project_wants_to_reach():
         ("1x8x262144x64 causal", "tilted"),
         ("1x8x262144x64 causal", "plain"),
     }
+
+
+@pytest.mark.parametrize(
+    ("measured", "kept", "times"),
+    [
+        ([[1.0, 0.99, 1.02]], 0, 1),
+        ([[1.3, 1.0, 1.5], [1.0, 0.99, 1.02]], 1, 2),
+        ([[1.3, 1.0, 1.5], [1.1, 1.0, 1.2], [1.2, 1.0, 1.4], [1.0, 1.0, 1.0]], 1, 3),
+    ],
+    ids=["steady", "steady the second time", "never steady"],
+)
+def test_times_that_spread_are_measured_again(measured, kept, times):
+    left = iter(measured)
+    assert steadiest(lambda: next(left)) == measured[kept]
+    assert len(list(left)) == len(measured) - times
 
 
 def test_relative_square_is_that_of_the_definition():

@@ -59,7 +59,9 @@ class MuseOptions:
         "which is not strictly causal.",
     )
     kmeans_iters: int | None = option(None, "Times that k-means updates its centroids.")
-    cluster_cap: float | None = option(None, "Largest cluster, as a multiple of the mean size.")
+    cluster_cap: float | None = option(
+        None, "Largest cluster, as a multiple of the mean size; the paper's setting has no limit."
+    )
 
     def apply(self, setting: Any) -> Any:
         """The `muse_hf.MuseConfig` asked for, starting from `setting` unless --setting names another one."""

@@ -325,12 +325,11 @@ def kmeans(query: torch.Tensor, key: torch.Tensor, sets: PointSets, iters: int) 
     if not iters:  # there is nothing to add up, and every cluster keeps the token it starts from
         fill(sums, 0)
         fill(counts, 0)
+    label = None if one_tile or not iters else counts.new_empty(heads, sets.num_source_points)
     for step in range(max(1, iters)):
         start = {"START_TOKENS": step == 0}
         if iters:
-            label = None
             if not one_tile:
-                label = counts.new_empty(heads, sets.num_source_points)
                 _assign(query, key, sets, sets.sources, centroids, label, **start)
             launch(
                 _sums_kernel, (sets.sources.shape[0], ceil_div(sets.max_clusters, tiles["BLOCK_C"]), heads),

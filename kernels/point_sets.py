@@ -42,7 +42,7 @@ class PointSet(NamedTuple):
         is_query: Whether the tokens are queries.
         target, num_points: Tokens that are assigned to the clusters.
         first_point: Number of the first of these among all assigned keys, or all assigned queries.
-        capacity: Largest number of members of a cluster of keys.
+        capacity: Largest number of members of a cluster of keys, 0 if there is no limit.
     """
 
     row: int
@@ -63,8 +63,8 @@ class Sizes:
     Attributes:
         num_key_sets, num_key_rows, num_key_points: How many sets, clusters and points are of keys.
         num_rows, num_points: Clusters and points of keys and queries.
-        num_slots: Places for the members of all clusters of keys.
-        capped: Whether a cluster of keys may have to turn points of its set away.
+        capped: Whether there is a limit to the members of a cluster of keys.
+        num_slots: Places for the members of all clusters of keys, none without a limit.
         num_pairs: Pairs of a cluster of queries and a cluster of keys that meet.
         max_clusters: Largest number of clusters in a set.
         multiple: Largest power of two, up to 16, of which all numbers of clusters are multiples.
@@ -76,8 +76,8 @@ class Sizes:
     num_key_points: int
     num_rows: int
     num_points: int
-    num_slots: int
     capped: bool
+    num_slots: int
     num_pairs: int
     max_clusters: int
     multiple: int
@@ -127,8 +127,8 @@ def sizes_of(keys: list[PointSet], queries: list[PointSet]) -> Sizes:
         num_key_points=num_key_points,
         num_rows=sum(s.num_clusters for s in keys + queries),
         num_points=num_key_points + num_query_points,
+        capped=any(s.capacity for s in keys),
         num_slots=sum(s.num_clusters * s.capacity for s in keys),
-        capped=any(s.capacity < s.num_points for s in keys),
         num_pairs=sum(s.num_clusters * q.num_clusters for s, q in zip(keys, queries)),
         max_clusters=max(s.num_clusters for s in keys + queries),
         multiple=gcd(16, *(s.num_clusters for s in keys + queries)),

@@ -65,9 +65,11 @@ def triton_tilted_attention(
         blocks = [config.local_block << level for level in range(num_levels(longest, config.local_block))]
     else:
         blocks = [key.shape[2], query.shape[2]]
+    capped = config.cluster_cap is not None
     return OP(
         query, key, value, scale, [*chain.from_iterable(sequences)], config.local_block,
-        [config.clusters_for(block) for block in blocks], [config.capacity_for(block) for block in blocks],
+        [config.clusters_for(block) for block in blocks],
+        [config.capacity_for(block) if capped else 0 for block in blocks],
         config.query_centroids == "own", config.kmeans_iters, config.multipole == "dipole",
     )  # fmt: skip
 
@@ -126,7 +128,7 @@ def forward(
         sequences: First token id and length of each in turn; none for acausal attention.
         block: Tokens in a block of exact attention.
         clusters, capacities: Of causal attention for each size of blocks, smallest first; of acausal
-            attention for the keys and for the queries.
+            attention for the keys and for the queries. A capacity of 0 is no limit.
         own: Whether causal query centroids are made of the attending block.
     """
     batch, heads, length, head_dim = query.shape

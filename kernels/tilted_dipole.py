@@ -99,7 +99,7 @@ def _mix_kernel(
         target += (head * num_key_rows + key_row) * SIZE
         source += query_rows * SIZE
         covariance += key_rows * SIZE
-        products += part // tiles_of_targets * tl.num_programs(2) * num_pairs + pairs
+        products += (part // tiles_of_targets).to(tl.int64) * tl.num_programs(2) * num_pairs + pairs
         many = tl.load(count + head // GROUP_HEADS * stride_ch + key_row + x, mask=x < num_x, other=1)
         factor = 1 / tl.maximum(many, 1).to(tl.float32)
     else:
@@ -170,7 +170,8 @@ def _constant_kernel(
             at = pairs + j[:, None] * num_centroids + a[None, :]
             product = tl.zeros([BLOCK_C, BLOCK_A], tl.float32)
             for i in tl.static_range(NUM_PARTS):
-                product += tl.load(products + i * tl.num_programs(2) * num_pairs + at, mask=exists, other=0)
+                part = i * tl.num_programs(2).to(tl.int64) * num_pairs
+                product += tl.load(products + part + at, mask=exists, other=0)
             if again:
                 change = tl.load(constant + at, mask=exists, other=0) + share * (product - mean[None, :])
                 tl.store(constant + at, change, mask=exists)

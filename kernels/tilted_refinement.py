@@ -2,11 +2,11 @@
 
     ℓ_qj = L_aj + δ·k̃_aj      p_qj = exp(ℓ_qj - λ_q)      o_q = Σ_j p_qj ṽ_aj (+ M_a δ with the dipole)
 
-One program goes through the queries of one centroid and head. Products are with q, and what the centroid
-has to do with them is taken away once a program, in float32: δ is formed for the gradient of the dipole
-alone. Backward is fed with the merged logsumexp and Δ = do·o of the merged output, so that Σ_j p_qj =
-exp(λ_part - λ) is the share of the summaries in the whole attention, and dℓ = p (do·value - Δ). It gives
-the gradients of the queries and, kept in registers, those of a tile of summaries of a.
+One program goes through the queries of one centroid and head. δ is formed in float32, and rounded to the
+precision of the queries for the products. Backward is fed with the merged logsumexp and Δ = do·o of the
+merged output, so that Σ_j p_qj = exp(λ_part - λ) is the share of the summaries in the whole attention, and
+dℓ = p (do·value - Δ). It gives the gradients of the queries and, kept in registers, those of a tile of
+summaries of a.
 """
 
 import torch
@@ -99,9 +99,8 @@ def _forward_kernel(
     plane = plane_of(query, set_field(table, queries, ROW), head, stride_qb, stride_qh)
     dims = tl.arange(0, BLOCK_D)
     j = tl.arange(0, BLOCK_C)
-    matrix = dipole
     if DIPOLE:
-        matrix += (head * (num_rows - num_key_rows) + row) * HEAD_DIM * HEAD_DIM
+        matrix = dipole + (head * (num_rows - num_key_rows) + row) * HEAD_DIM * HEAD_DIM
         if BLOCK_E == BLOCK_D:
             m = load_tokens(matrix, dims, dims < HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_D)
     if ONE_TILE:
@@ -202,9 +201,8 @@ def _backward_kernel(
     dims = tl.arange(0, BLOCK_D)
     own_centroid = centroids + centroid * HEAD_DIM
     c = _load_centroid(own_centroid, HEAD_DIM, BLOCK_D)
-    matrix = dipole
     if DIPOLE:
-        matrix += (head * (num_rows - num_key_rows) + row) * HEAD_DIM * HEAD_DIM
+        matrix = dipole + (head * (num_rows - num_key_rows) + row) * HEAD_DIM * HEAD_DIM
         if BLOCK_E == BLOCK_D:
             m = load_tokens(matrix, dims, dims < HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_D)
     for tile in range(0, BLOCK_C if ONE_TILE else num_clusters, BLOCK_C):
@@ -303,7 +301,7 @@ def _dipole_backward_kernel(
         do = gather_tokens(grad_plane, tokens, stride_gn, HEAD_DIM, BLOCK_E, part * BLOCK_E)
         query_lse, _, own_lse = _load_terms(terms, part_lse, tokens, points, BLOCK_Q)
         share = tl.where(q_first + lane < many, tl.exp2(own_lse * LOG2_E - query_lse), 0)
-        pull = ((q.to(tl.float32) - c[None, :]) * share[:, None]).to(q.dtype)
+        pull = ((q.to(tl.float32) - c[None, :]) * share[:, None]).to(q.dtype)  # rounded once
         product = tl.dot(tl.trans(do), pull, product, input_precision="ieee")
         follows = q_first + BLOCK_Q + lane < many
         points = _load_points(own_order, q_first + BLOCK_Q + lane, many)
@@ -322,7 +320,7 @@ def refine(
     Args:
         query: (B, H, Q, D).
     """
-    tiles, narrow = _tiles(query), _is_narrow(query)
+    tiles, narrow, dipole = _tiles(query), _is_narrow(query), summaries.dipole is not None
     block_c = min(tiles["BLOCK_Q"], power_of_two(sets.max_clusters))
     sizes = (sets.num_key_sets, sets.num_key_rows, sets.num_rows, sets.num_key_points, sets.num_points)
     launch(
@@ -330,8 +328,8 @@ def refine(
         query, sets.table, sets.set_of_row, *groups, centroids,
         summaries.log_mass, summaries.key_mean, summaries.value_mean, summaries.dipole, output, lse,
         *query.stride()[:3], *output.stride()[:2], *sizes, sets.num_pairs, scale,
-        DIPOLE=summaries.dipole is not None, BLOCK_C=block_c, ONE_TILE=sets.max_clusters <= block_c,
-        **tiles, **(_FORWARD_REGISTERS if narrow else {}),
+        DIPOLE=dipole, BLOCK_C=block_c, ONE_TILE=sets.max_clusters <= block_c,
+        **tiles | {"num_stages": _stages(tiles, dipole)}, **(_FORWARD_REGISTERS if narrow else {}),
     )  # fmt: skip
 
 
@@ -370,7 +368,7 @@ def refine_backward(
         # A warp for 16 rows of the summaries: more would do the same work again.
         "num_warps": max(block_c // 16, 1 if narrow else 4) if low else tiles["num_warps"],
         "SHARED": low and block_c == 64 and has_much_shared_memory(query),  # as warp groups do on Hopper
-        "num_stages": tiles["num_stages"] if narrow or (low and has_much_shared_memory(query)) else 1,
+        "num_stages": _stages(tiles, dipole) if narrow or (low and has_much_shared_memory(query)) else 1,
     }
     launch(
         _backward_kernel, (sets.num_query_rows, heads),
@@ -398,6 +396,11 @@ def _is_narrow(query: torch.Tensor) -> bool:
     return query.shape[3] <= 64 and query.element_size() == 2
 
 
+def _stages(tiles: dict[str, int], dipole: bool) -> int:
+    """Of a dipole in parts, two stages would hold all parts at once."""
+    return 1 if dipole and tiles["BLOCK_E"] < tiles["BLOCK_D"] else 2
+
+
 def _tiles(query: torch.Tensor) -> dict[str, int]:
     head_dim = query.shape[3]
     block_d = power_of_two(head_dim)
@@ -412,6 +415,5 @@ def _tiles(query: torch.Tensor) -> dict[str, int]:
         "BLOCK_Q": rows,
         "BLOCK_E": min(dims, block_d),
         "num_warps": 4 if row_bytes <= 256 else 8,
-        # Of a dipole in parts, two stages would hold all parts at once.
-        "num_stages": 2 if dims >= block_d else 1,
+        "num_stages": 2,
     }

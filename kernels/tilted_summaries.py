@@ -63,7 +63,7 @@ def find_members(row, head, order, first, count, stride_oh, stride_fh, stride_ch
 
 @triton.jit
 def _summarise(
-    keys, values, slots, held, token_of_point, q, exists, pairs, log_mass, key_mean, value_mean,
+    keys, values, slots, many, token_of_point, q, exists, pairs, log_mass, key_mean, value_mean,
     stride_kn, stride_vn, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
@@ -72,13 +72,13 @@ def _summarise(
     total = tl.zeros([BLOCK_A], tl.float32)
     k_mean = tl.zeros([BLOCK_A, BLOCK_D], tl.float32)
     v_mean = tl.zeros([BLOCK_A, BLOCK_D], tl.float32)
-    for m in range(0, held, BLOCK_M):
+    for m in range(0, many, BLOCK_M):
         places = m + tl.arange(0, BLOCK_M)
-        tokens = tl.load(slots + tl.minimum(places, held - 1)) + token_of_point
+        tokens = tl.load(slots + tl.minimum(places, many - 1)) + token_of_point
         k = gather_tokens(keys, tokens, stride_kn, HEAD_DIM, BLOCK_D)
         v = gather_tokens(values, tokens, stride_vn, HEAD_DIM, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2_E)
-        s += tl.where(places < held, 0, -float("inf"))[None, :]
+        s += tl.where(places < many, 0, -float("inf"))[None, :]
         new_top = tl.maximum(top, tl.max(s, 1))
         w = tl.exp2(s - new_top[:, None])
         shrink = tl.exp2(top - new_top)
@@ -87,8 +87,8 @@ def _summarise(
         k_mean = tl.dot(w, k, k_mean * shrink[:, None], input_precision="ieee")
         v_mean = tl.dot(w, v, v_mean * shrink[:, None], input_precision="ieee")
         top = new_top
-    inverse = tl.where(held > 0, 1 / total, 0)
-    mass = tl.where(held > 0, (top + tl.log2(total)) * (1 / LOG2_E), -float("inf"))
+    inverse = tl.where(many > 0, 1 / total, 0)
+    mass = tl.where(many > 0, (top + tl.log2(total)) * (1 / LOG2_E), -float("inf"))
     tl.store(log_mass + pairs, mass, mask=exists)
     store_tokens(key_mean, k_mean * inverse[:, None], pairs, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
     store_tokens(value_mean, v_mean * inverse[:, None], pairs, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
@@ -104,7 +104,7 @@ def _store_mean(to, mean, dims, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def _covary(
-    keys, values, slots, held, token_of_point, first_dim, own_row, covariance, key_means, value_means,
+    keys, values, slots, many, token_of_point, first_dim, own_row, covariance, key_means, value_means,
     stride_kn, stride_vn,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -114,16 +114,16 @@ def _covary(
     ones = tl.full([BLOCK_M, 16], 1, keys.dtype.element_ty)
     k_total = tl.zeros([BLOCK_D, 16], tl.float32)
     v_total = tl.zeros([BLOCK_E, 16], tl.float32)
-    for m in range(0, held, BLOCK_M):
+    for m in range(0, many, BLOCK_M):
         places = m + tl.arange(0, BLOCK_M)
-        filled = places < held
+        filled = places < many
         tokens = tl.load(slots + places, mask=filled, other=0) + token_of_point
         k = load_tokens(keys, tokens, filled, stride_kn, HEAD_DIM, BLOCK_D)
         v = load_tokens(values, tokens, filled, stride_vn, HEAD_DIM, BLOCK_E, first_dim)
         product = tl.dot(tl.trans(v), k, product, input_precision="ieee")
         k_total = tl.dot(tl.trans(k), ones, k_total, input_precision="ieee")
         v_total = tl.dot(tl.trans(v), ones, v_total, input_precision="ieee")
-    inverse = 1 / tl.maximum(held, 1).to(tl.float32)
+    inverse = 1 / tl.maximum(many, 1).to(tl.float32)
     k_mean, v_mean = tl.max(k_total, 1) * inverse, tl.max(v_total, 1) * inverse
     product = product * inverse - v_mean[:, None] * k_mean[None, :]
     dims, own_dims = tl.arange(0, BLOCK_D), first_dim + tl.arange(0, BLOCK_E)

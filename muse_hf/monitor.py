@@ -14,7 +14,12 @@ from muse_hf.config import MuseConfig
 from muse_hf.functional import muse_attention
 from muse_hf.models import InputError, check_length, predicts_next_token, temporary_policy, transformers_model
 from muse_hf.profiling import observed_attention
-from muse_hf.reference.clustering import assign_with_capacity, kmeans_centroids, nearest_centroid
+from muse_hf.reference.clustering import (
+    assign_with_capacity,
+    cluster_sizes,
+    kmeans_centroids,
+    nearest_centroid,
+)
 from muse_hf.routing import layer_config, reason_for_exact
 from muse_hf.segments import Segments
 
@@ -286,15 +291,9 @@ def _cluster_statistics(
     with torch.autocast(query.device.type, enabled=False):
         keys, queries = blocks_of(key), blocks_of(query)
         centroids = kmeans_centroids(keys, num_clusters, config.kmeans_iters)
-        sizes = _sizes(assign_with_capacity(keys, centroids, config.capacity_for(size)), num_clusters)
+        sizes = cluster_sizes(assign_with_capacity(keys, centroids, config.capacity_for(size)), num_clusters)
         if config.summaries == "plain":
             return sizes.max(), sizes.min(), sizes.new_zeros(())
         centroids = kmeans_centroids(queries, num_clusters, config.kmeans_iters)
-        occupied = _sizes(nearest_centroid(queries, centroids)[0], num_clusters)
+        occupied = cluster_sizes(nearest_centroid(queries, centroids)[0], num_clusters)
     return sizes.max(), sizes.min(), (occupied == 0).double().mean()
-
-
-def _sizes(cluster: torch.Tensor, num_clusters: int) -> torch.Tensor:
-    """How many of the points (X, N) each cluster has: (X, C)."""
-    counts = cluster.new_zeros(cluster.shape[0], num_clusters)
-    return counts.scatter_add_(1, cluster, torch.ones_like(cluster))

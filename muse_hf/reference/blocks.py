@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from muse_hf.config import MuseConfig
-from muse_hf.reference.clustering import assign_with_capacity, kmeans_centroids
+from muse_hf.reference.clustering import assign_with_capacity, cluster_sizes, kmeans_centroids
 from muse_hf.reference.packing import Packing
 from muse_hf.reference.precision import matmul
 
@@ -64,6 +64,8 @@ def build_key_blocks(
         points = key.flatten(0, 1)
         key_centroids = kmeans_centroids(points, num_clusters, config.kmeans_iters)
         cluster = assign_with_capacity(points, key_centroids, capacity)
+        if config.cluster_cap is None:  # the one size here that depends on the keys
+            capacity = int(cluster_sizes(cluster, num_clusters).max())
         centroids = _query_centroids(query, query_length, config) if config.summaries == "tilted" else None
     packing = Packing(cluster, num_clusters, capacity, single_tile=True)
     keys, values = packing.pack(key.flatten(0, 1)), packing.pack(value.flatten(0, 1))

@@ -66,6 +66,8 @@ def assign_with_capacity(points: torch.Tensor, centroids: torch.Tensor, capacity
     A full cluster keeps its nearest points and the others go to their nearest cluster with room, for a few
     rounds; then what is left fills the free places in order. `capacity * C` must be at least N.
     """
+    if capacity >= points.shape[1]:  # none can be full
+        return nearest_centroid(points, centroids)[0]
     num_clusters = centroids.shape[1]
     cluster = torch.full(points.shape[:2], num_clusters, device=points.device)
     room = torch.full(centroids.shape[:2], capacity, device=points.device)
@@ -82,6 +84,12 @@ def assign_with_capacity(points: torch.Tensor, centroids: torch.Tensor, capacity
     place = homeless.cumsum(1) - 1
     filled = torch.searchsorted(room.cumsum(1), place.clamp(min=0), right=True)
     return torch.where(homeless, filled, cluster)
+
+
+def cluster_sizes(cluster: torch.Tensor, num_clusters: int) -> torch.Tensor:
+    """How many of the points (X, N) each cluster has: (X, C)."""
+    counts = cluster.new_zeros(cluster.shape[0], num_clusters)
+    return counts.scatter_add_(1, cluster, torch.ones_like(cluster))
 
 
 def _means(points: torch.Tensor, cluster: torch.Tensor, fallback: torch.Tensor) -> torch.Tensor:

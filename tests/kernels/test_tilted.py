@@ -35,7 +35,7 @@ def inputs(batch=1, heads=1, kv_heads=1, queries=40, keys=50, head_dim=16):
 @pytest.mark.parametrize(
     ("shape", "changes"),
     [
-        ({"heads": 2, "queries": 30}, {}),
+        ({"heads": 4, "kv_heads": 2, "queries": 30}, {}),
         ({"batch": 2, "head_dim": 24, "keys": 33}, {"multipole": "monopole", "kmeans_iters": 2}),
         ({}, {"cluster_size": 3, "kmeans_iters": 0, "cluster_cap": 1.0}),
     ],
@@ -48,14 +48,31 @@ def test_acausal_kernels_compute_what_the_reference_does(shape, changes):
 @pytest.mark.parametrize(
     ("shape", "changes"),
     [
-        ({"heads": 2, "keys": 70}, {}),
+        ({"heads": 4, "kv_heads": 2, "keys": 70}, {}),
         ({"batch": 2, "head_dim": 24, "keys": 48}, {"multipole": "monopole", "query_centroids": "own"}),
-        ({"keys": 37}, {"cluster_size": 3, "query_centroids": "own", "cluster_cap": 1.5}),
+        (
+            {"heads": 2, "kv_heads": 2, "keys": 37},
+            {"cluster_size": 3, "query_centroids": "own", "cluster_cap": 1.5},
+        ),
     ],
     ids=["grouped heads, three levels", "full blocks, own centroids", "capped, fewer queries than clusters"],
 )
 def test_causal_kernels_compute_what_the_reference_does(shape, changes):
     check(inputs(queries=shape["keys"], **shape), CONFIG.replace(**changes))
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_keys_of_one_cluster_and_clusters_without_keys(is_causal):
+    query, key, value, grad = inputs(heads=2, queries=40, keys=40)
+    key[:, :, 3:] = key[:, :, 2:3]
+    check([query, key, value, grad], CONFIG, is_causal)
+
+
+def test_without_a_cap_nothing_counts_places_for_members():
+    keys, queries = tilted_attention.acausal_sets(1, 1 << 18, 1 << 18, (1 << 14, 1 << 14), 0)
+    sets = point_sets.point_sets(keys, queries, torch.device("cpu"))
+    assert not sets.capped
+    assert sets.num_slots == 0, "they would be more than int32 can count"
 
 
 def test_many_clusters_and_tokens_are_worked_through_in_parts(monkeypatch):
@@ -99,7 +116,7 @@ def test_low_precision_costs_no_more_than_rounding(dtype, is_causal, tokens, hea
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("capacities", [[9, 17], [40, 40]], ids=["capped", "uncapped"])
+@pytest.mark.parametrize("capacities", [[9, 17], [0, 0]], ids=["capped", "uncapped"])
 def test_operators_are_declared_rightly(is_causal, capacities):
     query, key, value, _ = inputs(queries=40, keys=40)
     leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
@@ -130,9 +147,9 @@ def square_sum(query, key, value, is_causal):
 @pytest.mark.parametrize(
     ("is_causal", "changes", "reason"),
     [
-        (True, {"num_retrieved": 1}, "num_retrieved=0"),
+        (True, {"num_retrieved": 1, "cluster_cap": 3.0}, "num_retrieved=0"),
         (True, {"hierarchy": "flat"}, "hierarchy=.dyadic"),
-        (False, {"summaries": "plain", "multipole": "monopole"}, "causal attention"),
+        (False, {"summaries": "plain", "multipole": "monopole", "cluster_cap": 3.0}, "causal attention"),
     ],
 )
 def test_what_is_not_served_is_refused(is_causal, changes, reason):

@@ -91,11 +91,7 @@ SMALL_VARIED = {
     "cluster_cap": (2,),
 }
 SMALL_PAPER = ("local_block=256:num_clusters=16",)
-VARIANTS_OF_PAPER = (
-    "multipole=monopole",
-    "query_centroids=own",
-    "num_retrieved=12:retrieval_threshold=0:cluster_cap=3",
-)
+VARIANTS_OF_PAPER = ("multipole=monopole", "query_centroids=own", "num_retrieved=12:retrieval_threshold=0")
 
 Attend = Callable[..., torch.Tensor]
 

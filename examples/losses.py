@@ -61,7 +61,8 @@ def use_chunked_loss(model: PreTrainedModel, chunk: int) -> None:
     def forward(input_ids: torch.Tensor, labels: torch.Tensor | None = None, **options: Any) -> Any:
         if labels is None:
             return whole(input_ids=input_ids, **options)
-        hidden = model.base_model(input_ids=input_ids, use_cache=False, **options).last_hidden_state
+        options = {"use_cache": False} | options
+        hidden = model.base_model(input_ids=input_ids, **options).last_hidden_state
         weight = model.get_output_embeddings().weight
         hidden, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
         return CausalLMOutput(loss=linear_cross_entropy(hidden, weight, targets, chunk))

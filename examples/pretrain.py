@@ -391,7 +391,7 @@ def train(job: Job, accelerator: Accelerator, attention: Attention) -> None:
     batch_losses = []
     for input_ids in training_batches(job, accelerator, progress):
         with accelerator.accumulate(model):
-            loss = model(input_ids=input_ids, labels=input_ids).loss
+            loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
             batch_losses.append(loss.detach())
             accelerator.backward(loss)
             if accelerator.sync_gradients:
@@ -489,7 +489,7 @@ def held_out_losses(accelerator: Accelerator, model: torch.nn.Module, loader: Da
     model.eval()
     losses = []
     for batch in tqdm(loader, desc="held-out loss", leave=False, unit="window", delay=2):
-        loss = model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss
+        loss = model(input_ids=batch["input_ids"], labels=batch["input_ids"], use_cache=False).loss
         losses.append(accelerator.gather_for_metrics(loss.reshape(1)))
     model.train()
     return torch.cat(losses).tolist()

@@ -56,7 +56,7 @@ class MuseConfig:
             paper's way and lets a token influence outputs before it. `"own"` needs the dyadic hierarchy.
         kmeans_iters: Centroid updates of k-means, each followed by an assignment.
         cluster_cap: A key cluster holds at most ceil(cluster_cap * keys / clusters) keys, or with `None` all
-            that are nearest to its centroid, which is for tilted summaries without retrieval.
+            that are nearest to its centroid, for which the kernels of plain summaries have no room.
         layers: Which layers use MuSe: `None` for every layer, a list of layer indices, or a mapping from
             layer index to the fields that differ in that layer, such as `{3: {"num_retrieved": 64}}`.
             Negative indices count from the last layer. All other layers attend exactly.
@@ -236,8 +236,6 @@ class MuseConfig:
                 self._refuse(field, f"must be at most local_block={self.local_block}, the smallest far block")
         if self.multipole == "dipole" and self.summaries == "plain":
             self._refuse("multipole", 'needs summaries="tilted": the dipole corrects a tilted expansion')
-        if self.cluster_cap is None and (self.summaries == "plain" or self.num_retrieved):
-            self._refuse("cluster_cap", 'needs summaries="tilted" and num_retrieved=0; else give a number')
         if self.summaries == "plain" and self.query_centroids == "own":
             self._refuse("query_centroids", 'needs summaries="tilted": plain ones have no query centroids')
         if self.summaries == "tilted" and self.query_centroids == "own" and self.hierarchy == "flat":

@@ -3,6 +3,9 @@
 import pytest
 import torch
 
+from tests.kernels.bounds import check_accesses
+from tests.kernels.comparing import DEVICE
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
@@ -11,3 +14,10 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def bounds(monkeypatch):
+    """On a GPU compute-sanitizer does it."""
+    if DEVICE == "cpu":
+        check_accesses(monkeypatch)

@@ -43,6 +43,11 @@ def _with_kind(value, kind):
     return None if kind is type(None) else value
 
 
+@pytest.fixture
+def bounds():
+    """Arguments are addresses here, of which nobody knows what lies there."""
+
+
 @pytest.fixture(autouse=True)
 def compiling(monkeypatch):
     """Kernels compile, and are launched by what that gives."""

@@ -116,7 +116,7 @@ def test_low_precision_costs_no_more_than_rounding(dtype, is_causal, tokens, hea
 
 
 @pytest.mark.parametrize("is_causal", [True, False])
-@pytest.mark.parametrize("capacities", [[9, 17], [0, 0]], ids=["capped", "uncapped"])
+@pytest.mark.parametrize("capacities", [[21, 21], [0, 0]], ids=["capped", "uncapped"])
 def test_operators_are_declared_rightly(is_causal, capacities):
     query, key, value, _ = inputs(queries=40, keys=40)
     leaves = [tensor.requires_grad_() for tensor in (query, key, value)]
@@ -147,9 +147,9 @@ def square_sum(query, key, value, is_causal):
 @pytest.mark.parametrize(
     ("is_causal", "changes", "reason"),
     [
-        (True, {"num_retrieved": 1, "cluster_cap": 3.0}, "num_retrieved=0"),
+        (True, {"num_retrieved": 1}, "num_retrieved=0"),
         (True, {"hierarchy": "flat"}, "hierarchy=.dyadic"),
-        (False, {"summaries": "plain", "multipole": "monopole", "cluster_cap": 3.0}, "causal attention"),
+        (False, {"summaries": "plain", "multipole": "monopole"}, "causal attention"),
     ],
 )
 def test_what_is_not_served_is_refused(is_causal, changes, reason):

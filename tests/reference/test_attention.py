@@ -264,3 +264,14 @@ def test_every_earlier_key_is_seen_exactly_once(length, block, hierarchy):
         assert (times[:begin] == 1).all(), f"queries from {begin} must see every key before them once"
         assert (times[begin:] == 0).all(), f"queries from {begin} must see no summary of later keys"
         assert end - begin == min(block, length - begin)
+
+
+@pytest.mark.parametrize("case", SETTINGS, ids=label)
+def test_no_cap_is_one_that_no_cluster_reaches(case):
+    fields, is_causal = case
+    config = MuseConfig(local_block=16, num_clusters=4, num_retrieved=2, **fields)
+    capped, uncapped = (
+        reference_attention(*tensors(72), is_causal=is_causal, config=config.replace(cluster_cap=cap))
+        for cap in (4.0, None)
+    )
+    torch.testing.assert_close(uncapped, capped)

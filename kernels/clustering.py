@@ -11,15 +11,14 @@ from muse_hf.kernels.kmeans import kmeans, sort_by_cluster
 from muse_hf.kernels.launch import launch
 from muse_hf.kernels.point_sets import (
     CAPACITY,
-    FIRST_POINT,
     FIRST_ROW,
     FIRST_SLOT,
     ROW,
-    TARGET,
     PointSet,
     PointSets,
     point_sets,
     set_field,
+    token_less_point,
 )
 
 # Rows behind the last summary that a tile of summaries may read.
@@ -64,7 +63,7 @@ def _means_kernel(
     tl.store(log_mass + own, tl.where(held > 0, tl.log(held.to(tl.float32)), -float("inf")))
     slot = (row - set_field(table, number, FIRST_ROW)) * set_field(table, number, CAPACITY)
     slot += set_field(table, number, FIRST_SLOT)
-    token_of_point = set_field(table, number, TARGET) - set_field(table, number, FIRST_POINT)
+    token_of_point = token_less_point(table, number)
     batch_row = set_field(table, number, ROW)
     keys = plane_of(key, batch_row, head, stride_kb, stride_kh)
     values = plane_of(value, batch_row, head, stride_vb, stride_vh)

@@ -199,6 +199,12 @@ def set_field(table, number, COLUMN: tl.constexpr):
 
 
 @triton.jit
+def token_less_point(table, number):
+    """What to add to a point of a set to get its token in the batch row."""
+    return set_field(table, number, TARGET) - set_field(table, number, FIRST_POINT)
+
+
+@triton.jit
 def chunk_field(chunks, number, COLUMN: tl.constexpr):
     """Entry of a chunk."""
     return tl.load(chunks + number * _CHUNK_WIDTH + COLUMN)

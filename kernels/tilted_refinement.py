@@ -26,12 +26,11 @@ from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.point_sets import (
     CLUSTERS,
     FIRST_PAIR,
-    FIRST_POINT,
     FIRST_ROW,
     ROW,
-    TARGET,
     PointSets,
     set_field,
+    token_less_point,
 )
 from muse_hf.kernels.replay import copy
 from muse_hf.kernels.tilted_summaries import Summaries
@@ -95,7 +94,7 @@ def _forward_kernel(
     num_clusters = set_field(table, queries - num_key_sets, CLUSTERS)
     a = num_key_rows + row - set_field(table, queries, FIRST_ROW)
     pairs = head * num_pairs + set_field(table, queries, FIRST_PAIR) + a * num_clusters
-    token_of_point = set_field(table, queries, TARGET) - set_field(table, queries, FIRST_POINT)
+    token_of_point = token_less_point(table, queries)
     plane = plane_of(query, set_field(table, queries, ROW), head, stride_qb, stride_qh)
     dims = tl.arange(0, BLOCK_D)
     j = tl.arange(0, BLOCK_C)
@@ -188,7 +187,7 @@ def _backward_kernel(
     num_centroids = set_field(table, queries, CLUSTERS)
     a = num_key_rows + row - set_field(table, queries, FIRST_ROW)
     pairs = head * num_pairs + set_field(table, queries, FIRST_PAIR)
-    token_of_point = set_field(table, queries, TARGET) - set_field(table, queries, FIRST_POINT)
+    token_of_point = token_less_point(table, queries)
     batch_row = set_field(table, queries, ROW)
     plane = plane_of(query, batch_row, head, stride_qb, stride_qh)
     grad_plane = plane_of(grad, batch_row, head, stride_gb, stride_gh)
@@ -253,8 +252,8 @@ def _backward_kernel(
             follows = q_first + BLOCK_Q + lane < many
             points = _load_points(own_order, q_first + BLOCK_Q + lane, many)
             q = load_tokens(plane, points + token_of_point, follows, stride_qn, HEAD_DIM, BLOCK_D)
-        tl.debug_barrier()  # what follows is loaded again, for registers are scarce in the loop
         if not SHARED:
+            tl.debug_barrier()  # loaded again, for registers are scarce in the loop
             k = load_tokens(key_mean, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
             v = load_tokens(value_mean, rows, exists, HEAD_DIM, HEAD_DIM, BLOCK_D)
         # In the precision in which they are stored, so that what the keys make of them adds up.
@@ -284,7 +283,7 @@ def _dipole_backward_kernel(
     queries = tl.load(set_of_row + num_key_rows + row)
     centroid = head * num_rows + num_key_rows + row
     begin, many = tl.load(first + centroid), tl.load(count + centroid)
-    token_of_point = set_field(table, queries, TARGET) - set_field(table, queries, FIRST_POINT)
+    token_of_point = token_less_point(table, queries)
     batch_row = set_field(table, queries, ROW)
     plane = plane_of(query, batch_row, head, stride_qb, stride_qh)
     grad_plane = plane_of(grad, batch_row, head, stride_gb, stride_gh)

@@ -19,12 +19,11 @@ from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.point_sets import (
     CLUSTERS,
     FIRST_PAIR,
-    FIRST_POINT,
     FIRST_ROW,
     ROW,
-    TARGET,
     PointSets,
     set_field,
+    token_less_point,
 )
 from muse_hf.kernels.tilted_dipole import mix_covariances
 
@@ -151,7 +150,7 @@ def _summary_kernel(
     number = tl.load(set_of_row + row)
     own_row = kv_head.to(tl.int64) * num_key_rows + row
     slots, many = find_members(row, kv_head, order, first, count, stride_oh, stride_fh, stride_ch)
-    token_of_point = set_field(table, number, TARGET) - set_field(table, number, FIRST_POINT)
+    token_of_point = token_less_point(table, number)
     batch_row = set_field(table, number, ROW)
     keys = plane_of(key, batch_row, kv_head, stride_kb, stride_kh)
     values = plane_of(value, batch_row, kv_head, stride_vb, stride_vh)

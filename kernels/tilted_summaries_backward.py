@@ -14,12 +14,11 @@ from muse_hf.kernels.launch import launch
 from muse_hf.kernels.point_sets import (
     CLUSTERS,
     FIRST_PAIR,
-    FIRST_POINT,
     FIRST_ROW,
     ROW,
-    TARGET,
     PointSets,
     set_field,
+    token_less_point,
 )
 from muse_hf.kernels.tilted_dipole import mix_gradients
 from muse_hf.kernels.tilted_summaries import Summaries, find_members, summary_tiles
@@ -114,7 +113,7 @@ def _key_backward_kernel(
     own_row = kv_head * num_key_rows + row
     slots, many = find_members(row, kv_head, order, first, count, stride_oh, stride_fh, stride_ch)
     batch_row = set_field(table, number, ROW)
-    token_of_point = (set_field(table, number, TARGET) - set_field(table, number, FIRST_POINT)).to(tl.int64)
+    token_of_point = token_less_point(table, number).to(tl.int64)
     keys = plane_of(key, batch_row, kv_head, stride_kb, stride_kh) + token_of_point * stride_kn
     values = plane_of(value, batch_row, kv_head, stride_vb, stride_vh) + token_of_point * stride_vn
     grad_key += kv_head * stride_gkh

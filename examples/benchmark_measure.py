@@ -99,7 +99,10 @@ def _time_passes(
         "backward": lambda: torch.autograd.grad(output, leaves, grad, retain_graph=True),
         "both": lambda: torch.autograd.grad(attend(*leaves), leaves, grad),
     }
-    return {name: timed(function, rep_ms) for name, function in passes.items()}
+    # Else PyTorch wakes a thread for every backward pass: hundreds of microseconds on some machines, which a
+    # model spends once a step, not once a layer.
+    with torch.autograd.set_multithreading_enabled(False):
+        return {name: timed(function, rep_ms) for name, function in passes.items()}
 
 
 def _time_on_gpu(function: Callable[[], object], rep_ms: float) -> Times:

@@ -8,7 +8,14 @@ what is left then fills the free places in order.
 import torch
 import triton
 import triton.language as tl
-from muse_hf.kernels.common import gather_tokens, load_tokens, ordered, plane_of, power_of_two
+from muse_hf.kernels.common import (
+    gather_tokens,
+    load_tokens,
+    ordered,
+    plane_of,
+    power_of_two,
+    wait_for_previous_kernel,
+)
 from muse_hf.kernels.kmeans import Groups, nearer
 from muse_hf.kernels.launch import launch
 from muse_hf.kernels.point_sets import (
@@ -36,6 +43,7 @@ def _accept_kernel(
 
     One program a cluster. The least closeness accepted is found bit by bit; the first among equals win.
     """
+    wait_for_previous_kernel()
     row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     number = tl.load(set_of_row + row)
     capacity = set_field(table, number, CAPACITY)
@@ -255,6 +263,7 @@ def _rehouse_kernel(
     What sorting left in `homeless` and `near`, and in `label` once the homeless points are listed, is not
     needed any more: they become lists of these points, how near they are and what they choose.
     """
+    wait_for_previous_kernel()
     number, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first_point = set_field(table, number, FIRST_POINT)
     num_clusters = set_field(table, number, CLUSTERS)

@@ -6,7 +6,13 @@ import torch
 import triton
 import triton.language as tl
 from muse_hf.kernels.capacity import members_with_capacity
-from muse_hf.kernels.common import kept_on_device, load_tokens, plane_of, power_of_two
+from muse_hf.kernels.common import (
+    kept_on_device,
+    load_tokens,
+    plane_of,
+    power_of_two,
+    wait_for_previous_kernel,
+)
 from muse_hf.kernels.kmeans import kmeans, sort_by_cluster
 from muse_hf.kernels.launch import launch
 from muse_hf.kernels.point_sets import (
@@ -56,6 +62,7 @@ def _means_kernel(
 
     The program of the last cluster writes the padding behind it.
     """
+    wait_for_previous_kernel()
     row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     number = tl.load(set_of_row + row)
     own = head * tl.num_programs(0) + row

@@ -7,8 +7,13 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton import knobs
+from triton.language.extra.cuda import gdc_wait
+from triton.language.target_info import cuda_capability_geq
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# Kernels run on the CPU if Triton was told so before it was imported.
+INTERPRETED = tl.constexpr(knobs.runtime.interpret)
 
 
 # What a device can do does not change, and PyTorch takes microseconds to say it.
@@ -22,6 +27,16 @@ def capability_of(device: torch.device) -> tuple[int, int]:
 def shared_memory_of(device: torch.device) -> int:
     """Bytes of shared memory that a program may use."""
     return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor - 1024
+
+
+@triton.jit
+def wait_for_previous_kernel():
+    """The first thing that every kernel does: it may be launched before the one in front of it is done.
+
+    Programmatic dependent launch. Without this wait, what that kernel writes would be read too early.
+    """
+    if not INTERPRETED and cuda_capability_geq(9, 0):
+        gdc_wait()
 
 
 # What CUDA graphs were captured with.

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from muse_hf.kernels.common import wait_for_previous_kernel
 from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.layout import Layout
 from muse_hf.kernels.replay import fill, library_call
@@ -84,6 +85,7 @@ def _count_kernel(
     WORDS: tl.constexpr, GROUP_HEADS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Count the items of each cluster in a chunk, and those of each query."""
+    wait_for_previous_kernel()
     tokens, inside, seen, _, place = _chunk_of(
         block_start, block_length, first_cluster, num_seen, num_tokens, num_clusters, num_chunks,
         clusters_per_block, CHUNK, GROUP_HEADS,
@@ -108,6 +110,7 @@ def _add_counts_kernel(
     counts, bounds, num_clusters, num_chunks, BLOCK_C: tl.constexpr, BLOCK_J: tl.constexpr
 ):
     """Turn the counts of chunks into those of all chunks before; the sum of all goes to bounds[j + 1]."""
+    wait_for_previous_kernel()
     head = tl.program_id(1).to(tl.int64)
     cluster = tl.program_id(0) * BLOCK_J + tl.arange(0, BLOCK_J)
     exists = cluster < num_clusters
@@ -129,6 +132,7 @@ def _place_kernel(
     WORDS: tl.constexpr, GROUP_HEADS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Write the items of a chunk where their clusters have room for them."""
+    wait_for_previous_kernel()
     tokens, inside, seen, first_seen, place = _chunk_of(
         block_start, block_length, first_cluster, num_seen, num_tokens, num_clusters, num_chunks,
         clusters_per_block, CHUNK, GROUP_HEADS,

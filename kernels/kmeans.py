@@ -10,7 +10,14 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from muse_hf.kernels.common import gather_tokens, load_tokens, ordered, plane_of, power_of_two
+from muse_hf.kernels.common import (
+    gather_tokens,
+    load_tokens,
+    ordered,
+    plane_of,
+    power_of_two,
+    wait_for_previous_kernel,
+)
 from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.point_sets import (
     CHUNK_BEGIN,
@@ -120,6 +127,7 @@ def _sums_kernel(
 
     LABELLED: the points have their labels. Otherwise the tile holds all clusters, and they are made here.
     """
+    wait_for_previous_kernel()
     chunk, tile, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     number = chunk_field(chunks, chunk, CHUNK_SET)
     num_clusters = set_field(table, number, CLUSTERS)
@@ -166,6 +174,7 @@ def _means_kernel(
     START_TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Add up the chunks of a set, for a tile of clusters. A cluster without points keeps its centroid."""
+    wait_for_previous_kernel()
     number, tile, head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_clusters = set_field(table, number, CLUSTERS)
     if _has_head(table, number, head, key_heads) & (tile * BLOCK_C < num_clusters):
@@ -210,6 +219,7 @@ def _assign_kernel(
     ONE_TILE: a tile holds all centroids. Closeness -|x - c|²/2 is written for keys, if at all, and counts of
     labels with ranks.
     """
+    wait_for_previous_kernel()
     chunk, head = tl.program_id(0), tl.program_id(1)
     number = chunk_field(chunks, chunk, CHUNK_SET)
     if _has_head(table, number, head, key_heads):
@@ -265,6 +275,7 @@ def _sort_kernel(
     key_heads, num_rows, num_points, num_counts, BLOCK_N: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
     """Put the points of a chunk in their places: behind smaller labels, earlier chunks and smaller ranks."""
+    wait_for_previous_kernel()
     chunk, head = tl.program_id(0), tl.program_id(1)
     number = chunk_field(chunks, chunk, CHUNK_SET)
     if _has_head(table, number, head, key_heads):

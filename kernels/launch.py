@@ -4,6 +4,8 @@ from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import torch
+from muse_hf.kernels.common import INTERPRETED, capability_of
 from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -52,7 +54,8 @@ def launch(kernel: JITFunction, grid: tuple[int, ...], *args: Any, **constants: 
     grid = (*grid, 1, 1)[:3]
     if found is None:
         constants_in_order = [constants[name] for name in kernel.arg_names[len(args) :]]
-        compiled = kernel[grid](*args, **constants)
+        options = {"launch_pdl": True} if _can_launch_early(args[0]) else {}
+        compiled = kernel[grid](*args, **constants, **options)
         if compiled is not None:  # the interpreter has nothing to keep
             found = Compiled(
                 compiled, compiled.run, compiled.function, compiled.packed_metadata, constants_in_order
@@ -65,6 +68,11 @@ def launch(kernel: JITFunction, grid: tuple[int, ...], *args: Any, **constants: 
         found.run(*grid, stream, found.function, found.metadata, None, None, None, *values, *found.constants)
     if (watch := watcher.get()) is not None:
         watch.launch(found, grid, args)
+
+
+def _can_launch_early(tensor: torch.Tensor) -> bool:
+    """Whether a kernel may be launched before the one in front of it is done, for which it waits itself."""
+    return tensor.is_cuda and not INTERPRETED and capability_of(tensor.device) >= (9, 0)
 
 
 def current_stream(device: int) -> int:

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from muse_hf.kernels.common import kept_on_device, load_tokens, plane_of, power_of_two, store_tokens
+from muse_hf.kernels.common import (
+    kept_on_device,
+    load_tokens,
+    plane_of,
+    power_of_two,
+    store_tokens,
+    wait_for_previous_kernel,
+)
 from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.layout import Layout, layout_of
 from muse_hf.kernels.local import Local
@@ -116,6 +123,7 @@ def _merge_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Join the local part of a tile of queries with those of the levels."""
+    wait_for_previous_kernel()
     head = tl.program_id(1).to(tl.int64)
     z, start, row, tokens, offsets, inside = _block_of(block_start, block_length, length, BLOCK_N)
     first, end = tl.load(bounds + z), tl.load(bounds + z + 1)

@@ -17,6 +17,7 @@ from muse_hf.kernels.common import (
     plane_of,
     power_of_two,
     store_tokens,
+    wait_for_previous_kernel,
 )
 from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.layout import Layout, tile_of_block
@@ -53,6 +54,7 @@ def _local_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries, those with most keys first."""
+    wait_for_previous_kernel()
     tl.static_assert(BLOCK_Q % BLOCK_K == 0, "or keys behind the queries would be seen")
     tile, head, _, many, row, begin = tile_of_block(
         block_start, block_length, num_tiles, num_heads, num_blocks, length

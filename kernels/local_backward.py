@@ -21,10 +21,12 @@ from muse_hf.kernels.common import (
     plane_of,
     power_of_two,
     store_tokens,
+    wait_for_previous_kernel,
 )
 from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.layout import Layout, tile_of_block
 from muse_hf.kernels.replay import fill
+from muse_hf.kernels.weight_terms import SUMMANDS, WeightTerms, nonzero, sum_to_delta, sum_to_lse
 
 _QUERY_LAUNCH = {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 128}
 _WIDE_QUERY_LAUNCH = {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
@@ -73,7 +75,7 @@ def _sums_of_parts(
 @triton.jit
 def _before_scaling(total, scale):
     """What the scale is still to be multiplied with. Parts of gradients are 0 if the scale is."""
-    return total * tl.where(scale == 0, 0, 1 / scale)
+    return total * (1 / nonzero(scale))
 
 
 @triton.jit
@@ -102,6 +104,7 @@ def _query_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of queries, those with most keys first."""
+    wait_for_previous_kernel()
     tl.static_assert(BLOCK_Q % BLOCK_K == 0, "or keys behind the queries would be seen")
     tile, head, block, many, row, begin = tile_of_block(
         block_start, block_length, num_tiles, num_heads, num_blocks, length
@@ -141,35 +144,34 @@ def _query_kernel(
 
 @triton.jit
 def _key_step(
-    dk, dv, k, v, q_plane, do_plane, terms, queries, many, keys, stride_qn, stride_on, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
+    dk, dv, k, v, of_lse, of_delta, q_plane, do_plane, summands, queries, many, keys, stride_qn, stride_on,
+    scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a tile of keys and values after one more tile of queries.
 
     MASKED: some of the queries do not exist, or do not see all the keys.
     """
-    # Loads of as many numbers as there are threads: of fewer, every thread would load all that it needs.
-    at = terms + queries[:, None] * 2 + tl.arange(0, 2)[None, :]
+    # Products with `of_lse` and `of_delta` take λ and Δ away in the same sums. As vectors along the queries
+    # every warp would load all of them for each of its rows.
     exists = queries < many if MASKED else None
     q = load_places(q_plane, queries, exists, stride_qn, HEAD_DIM, BLOCK_D)
     do = load_places(do_plane, queries, exists, stride_on, HEAD_DIM, BLOCK_D)
-    if MASKED:
-        query_lse, query_delta = tl.split(tl.load(at, mask=exists[:, None], other=0))
-    else:
-        query_lse, query_delta = tl.split(tl.load(at))
-    s = tl.dot(k, tl.trans(q), input_precision="ieee")
-    p = tl.exp2(s * scale - query_lse[None, :])
+    terms = load_places(summands, queries, exists, SUMMANDS, SUMMANDS, SUMMANDS)
+    s = tl.dot(of_lse, tl.trans(terms), input_precision="ieee")
+    s = tl.dot(k, tl.trans(q), s, input_precision="ieee")
+    p = tl.exp2(s * scale)
     if MASKED:
         p = tl.where((keys[:, None] <= queries[None, :]) & (queries < many)[None, :], p, 0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-    ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - query_delta[None, :])
+    dp = tl.dot(of_delta, tl.trans(terms), input_precision="ieee")
+    ds = p * tl.dot(v, tl.trans(do), dp, input_precision="ieee")
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
 
 @triton.jit
 def _key_kernel(
-    query, key, value, grad, terms, block_start, block_length,
+    query, key, value, grad, summands, block_start, block_length,
     bounds, point, key_parts, value_parts, grad_key, grad_value,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_gkb, stride_gkh, stride_gkn, stride_gvb, stride_gvh, stride_gvn,
@@ -178,6 +180,7 @@ def _key_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values, those with most queries first."""
+    wait_for_previous_kernel()
     tl.static_assert(BLOCK_K % BLOCK_Q == 0, "or keys behind the queries would be seen")
     tile, kv_head, block, many, row, begin = tile_of_block(
         block_start, block_length, num_tiles, num_heads, num_blocks, length
@@ -195,27 +198,29 @@ def _key_kernel(
             BLOCK_K, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
         dk = _before_scaling(dk, scale)
+        of_lse = sum_to_lse(BLOCK_K, summands.dtype.element_ty)
+        of_delta = sum_to_delta(BLOCK_K, summands.dtype.element_ty)
         lane = tl.arange(0, BLOCK_Q)
         for group in range(GROUP_HEADS):
             head = kv_head * GROUP_HEADS + group
             q_plane = block_plane(query, row, head, begin, stride_qb, stride_qh, stride_qn)
             do_plane = block_plane(grad, row, head, begin, stride_ob, stride_oh, stride_on)
-            own_terms = terms + (head * num_tokens + row.to(tl.int64) * length + begin) * 2
+            own = summands + (head * num_tokens + row.to(tl.int64) * length + begin) * SUMMANDS
             whole = tl.maximum(many // BLOCK_Q * BLOCK_Q, first + BLOCK_K)  # the last tile may be short
             for i in range(first, first + BLOCK_K, BLOCK_Q):
                 dk, dv = _key_step(
-                    dk, dv, k, v, q_plane, do_plane, own_terms, i + lane, many, places,
-                    stride_qn, stride_on, scale * LOG2_E, HEAD_DIM, BLOCK_D, True,
+                    dk, dv, k, v, of_lse, of_delta, q_plane, do_plane, own, i + lane, many, places,
+                    stride_qn, stride_on, nonzero(scale) * LOG2_E, HEAD_DIM, BLOCK_D, True,
                 )  # fmt: skip
             for i in range(first + BLOCK_K, whole, BLOCK_Q):
                 dk, dv = _key_step(
-                    dk, dv, k, v, q_plane, do_plane, own_terms, i + lane, many, places,
-                    stride_qn, stride_on, scale * LOG2_E, HEAD_DIM, BLOCK_D, False,
+                    dk, dv, k, v, of_lse, of_delta, q_plane, do_plane, own, i + lane, many, places,
+                    stride_qn, stride_on, nonzero(scale) * LOG2_E, HEAD_DIM, BLOCK_D, False,
                 )  # fmt: skip
             for i in range(whole, many, BLOCK_Q):
                 dk, dv = _key_step(
-                    dk, dv, k, v, q_plane, do_plane, own_terms, i + lane, many, places,
-                    stride_qn, stride_on, scale * LOG2_E, HEAD_DIM, BLOCK_D, True,
+                    dk, dv, k, v, of_lse, of_delta, q_plane, do_plane, own, i + lane, many, places,
+                    stride_qn, stride_on, nonzero(scale) * LOG2_E, HEAD_DIM, BLOCK_D, True,
                 )  # fmt: skip
         plane = plane_of(grad_key, row, kv_head, stride_gkb, stride_gkh)
         store_tokens(plane, dk * scale, tokens, inside, stride_gkn, HEAD_DIM, BLOCK_D)
@@ -225,7 +230,7 @@ def _key_kernel(
 
 def local_backward(
     grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    terms: torch.Tensor, layout: Layout, scale: float, block: int,
+    terms: WeightTerms, layout: Layout, scale: float, block: int,
     query_parts: tuple[Parts, torch.Tensor] | None = None,
     key_parts: tuple[Parts, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
@@ -233,7 +238,7 @@ def local_backward(
 
     Args:
         grad: (B, H, N, D), of the merged output.
-        terms: (H, B * N, 2) float32, see `weight_terms`.
+        terms: Of the merged output, for the same scale.
         query_parts, key_parts: Where parts of gradients lie, and those (heads, points, D) of queries, and of
             keys and values. Without them, the gradients are those through the blocks alone.
     """
@@ -256,15 +261,15 @@ def local_backward(
     tiles = ceil_div(block, settings["BLOCK_Q"]), heads, num_blocks
     launch(
         _query_kernel, (prod(tiles),),
-        *read, terms, *blocks, *bounds, parts, grads[0], *strides, *grads[0].stride()[:3], *tiles, *sizes,
-        0 if parts is None else parts.shape[1], scale, **dims, **settings,
+        *read, terms.pairs, *blocks, *bounds, parts, grads[0], *strides, *grads[0].stride()[:3], *tiles,
+        *sizes, 0 if parts is None else parts.shape[1], scale, **dims, **settings,
     )  # fmt: skip
     bounds, *parts = key_parts or ((None, None), None, None)
     settings = choose_launch(query, _KEY_LAUNCH, _WIDE_KEY_LAUNCH, _PRECISE_KEY_LAUNCH)
     tiles = ceil_div(block, settings["BLOCK_K"]), kv_heads, num_blocks
     launch(
         _key_kernel, (prod(tiles),),
-        *read, terms, *blocks, *bounds, *parts, *grads[1:], *strides, *grads[1].stride()[:3],
+        *read, terms.summands, *blocks, *bounds, *parts, *grads[1:], *strides, *grads[1].stride()[:3],
         *grads[2].stride()[:3], *tiles, *sizes, 0 if parts[0] is None else parts[0].shape[1], scale,
         **dims, **settings,
     )  # fmt: skip

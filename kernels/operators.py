@@ -5,23 +5,20 @@ from functools import wraps
 from typing import Any
 
 import torch
-from muse_hf.kernels.common import capability_of, shared_memory_of
+from muse_hf.kernels.common import INTERPRETED, capability_of, shared_memory_of
 from muse_hf.kernels.replay import Repeated, Saved, copy
 from torch.autograd.function import once_differentiable
-from triton import knobs
 
 LARGEST_HEAD_DIM = 256
 # Bytes of shared memory for the gradients of local blocks where head_dim is larger than 128.
 _WIDE_BLOCKS = 192 << 10
-# Kernels run on the CPU if Triton was told so before it was imported.
-_INTERPRETED = knobs.runtime.interpret
 
 
 def reason_against_inputs(query: torch.Tensor) -> str | None:
     """Why no kernel can serve a query (B, H, N, D), whatever the setting; None if there is no reason."""
     if query.dtype == torch.float64:
         return "they do not compute in float64"
-    if not query.is_cuda and not _INTERPRETED:
+    if not query.is_cuda and not INTERPRETED:
         return f"they need a CUDA device, the inputs are on {query.device.type!r}"
     if query.is_cuda and capability_of(query.device) < (8, 0):
         return "they need compute capability 8.0 or newer"

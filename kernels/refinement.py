@@ -13,7 +13,15 @@ import torch
 import triton
 import triton.language as tl
 from muse_hf.kernels.clustering import Clusters
-from muse_hf.kernels.common import LOG2_E, choose_launch, load_rows, power_of_two, store_rows, token_strides
+from muse_hf.kernels.common import (
+    LOG2_E,
+    choose_launch,
+    load_rows,
+    power_of_two,
+    store_rows,
+    token_strides,
+    wait_for_previous_kernel,
+)
 from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.layout import Layout
 from muse_hf.kernels.local import Local
@@ -137,6 +145,7 @@ def _forward_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr, WORDS: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
     """One program a tile of queries of a head, the late blocks first: they see most."""
+    wait_for_previous_kernel()
     tile, head = tl.program_id(0), tl.program_id(1)
     block = tl.num_programs(2) - 1 - tl.program_id(2)
     block_rows = tl.load(block_length + block)

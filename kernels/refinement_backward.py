@@ -8,7 +8,15 @@ import torch
 import triton
 import triton.language as tl
 from muse_hf.kernels.clustering import Clusters
-from muse_hf.kernels.common import LOG2_E, choose_launch, load_rows, power_of_two, store_rows, token_strides
+from muse_hf.kernels.common import (
+    LOG2_E,
+    choose_launch,
+    load_rows,
+    power_of_two,
+    store_rows,
+    token_strides,
+    wait_for_previous_kernel,
+)
 from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.layout import Layout
 from muse_hf.kernels.replay import library_call
@@ -40,6 +48,7 @@ def _query_backward_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """Adds the gradient of a tile of queries through the summaries to the local one."""
+    wait_for_previous_kernel()
     tile, head = tl.program_id(0), tl.program_id(1)
     block = tl.num_programs(2) - 1 - tl.program_id(2)
     block_rows = tl.load(block_length + block)
@@ -87,6 +96,7 @@ def _summary_backward_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_J: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """Gradients of the summaries of a tile of clusters, from a share of the queries of one query head."""
+    wait_for_previous_kernel()
     tile, part, kv_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     head = kv_head * GROUP_HEADS + part // num_splits
     first, end = tl.load(tile_first + tile), tl.load(tile_end + tile)

@@ -17,6 +17,7 @@ from muse_hf.kernels.common import (
     row_offsets,
     store_rows,
     token_strides,
+    wait_for_previous_kernel,
 )
 from muse_hf.kernels.items import Items
 from muse_hf.kernels.launch import ceil_div, launch
@@ -62,6 +63,7 @@ def _retrieve_kernel(
     BLOCK_Q: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """Every SPLIT-th stretch of a cluster's items. Grid: clusters, splits, key/value heads."""
+    wait_for_previous_kernel()
     cluster, split, part_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     head = first_head + part_head
     row = head.to(tl.int64) * num_clusters + cluster
@@ -116,6 +118,7 @@ def _retrieve_backward_kernel(
     A key belongs to one cluster, so its program may add to the local gradient in place. The gradient of the
     summaries reaches a member in equal shares: k̃ and ṽ are means.
     """
+    wait_for_previous_kernel()
     cluster, part_head = tl.program_id(0), tl.program_id(1)
     head = first_head + part_head
     row = head.to(tl.int64) * num_clusters + cluster
@@ -204,6 +207,7 @@ def _merge_kernel(
     BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Merge the partial outputs of a few queries into their output and logsumexp, in place."""
+    wait_for_previous_kernel()
     head = first_head + tl.program_id(1)
     tokens = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     inside = tokens < num_tokens
@@ -237,6 +241,7 @@ def _add_kernel(
     NUM_RETRIEVED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """Add the partial gradients of a few queries to what is there."""
+    wait_for_previous_kernel()
     head = first_head + tl.program_id(1)
     tokens = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     inside = tokens < num_tokens

@@ -218,9 +218,9 @@ def backward(
     else:
         num_points = (sets.num_query_points, sets.num_key_points, sets.num_key_points)
         rows = [t.new_empty(t.shape[1], points, t.shape[3]) for t, points in zip(tensors, num_points)]
-    _, terms = weight_terms(output, grad, lse)
+    terms = weight_terms(output, grad, lse, scale)
     summary_grads = refine_backward(
-        query, grad, terms, part_lse, sets, groups, centroids, summaries, rows[0], scale
+        query, grad, terms.pairs, part_lse, sets, groups, centroids, summaries, rows[0], scale
     )
     summaries_backward(key, value, sets, members, centroids, scale, summaries, summary_grads, *rows[1:])
     if levels is None:

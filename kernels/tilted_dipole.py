@@ -9,7 +9,7 @@ products, to the gradient of L_aj. Numbering as in `tilted_summaries`.
 import torch
 import triton
 import triton.language as tl
-from muse_hf.kernels.common import load_tokens, power_of_two
+from muse_hf.kernels.common import load_tokens, power_of_two, wait_for_previous_kernel
 from muse_hf.kernels.kmeans import Groups
 from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.point_sets import CLUSTERS, FIRST_PAIR, FIRST_ROW, PointSets, set_field
@@ -84,6 +84,7 @@ def _mix_kernel(
     Cov_j·dM_a of each part. Not TO_KEYS, the logsumexp of each row of L is written too. ONE_TILE: a tile
     holds all clusters.
     """
+    wait_for_previous_kernel()
     part, number, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     queries = number + num_key_sets
     num_clusters, num_centroids, pairs = _sizes_of_set(table, number, queries, head, num_pairs, MULTIPLE)
@@ -155,6 +156,7 @@ def _constant_kernel(
     MULTIPLE: tl.constexpr,
 ):  # fmt: skip
     """Add what comes through π to the constants of a tile of query centroids."""
+    wait_for_previous_kernel()
     tile, number, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     queries = number + num_key_sets
     num_clusters, num_centroids, pairs = _sizes_of_set(table, number, queries, head, num_pairs, MULTIPLE)

@@ -20,6 +20,7 @@ from muse_hf.kernels.common import (
     plane_of,
     power_of_two,
     store_tokens,
+    wait_for_previous_kernel,
 )
 from muse_hf.kernels.kmeans import Groups
 from muse_hf.kernels.launch import ceil_div, launch
@@ -81,6 +82,7 @@ def _forward_kernel(
     BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, ONE_TILE: tl.constexpr,
 ):  # fmt: skip
     """ONE_TILE: a tile holds all summaries of a centroid."""
+    wait_for_previous_kernel()
     row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     queries = tl.load(set_of_row + num_key_rows + row)
     centroid = head * num_rows + num_key_rows + row
@@ -179,6 +181,7 @@ def _backward_kernel(
 
     SHARED: products read the summaries from shared memory, not from registers.
     """
+    wait_for_previous_kernel()
     row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     queries = tl.load(set_of_row + num_key_rows + row)
     centroid = head * num_rows + num_key_rows + row
@@ -279,6 +282,7 @@ def _dipole_backward_kernel(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """dM_a = Σ_q share_q do δ, for BLOCK_E of its rows. The share of the summaries is exp(λ_part - λ)."""
+    wait_for_previous_kernel()
     row, part, head = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     queries = tl.load(set_of_row + num_key_rows + row)
     centroid = head * num_rows + num_key_rows + row

@@ -13,7 +13,15 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from muse_hf.kernels.common import LOG2_E, gather_tokens, load_tokens, plane_of, power_of_two, store_tokens
+from muse_hf.kernels.common import (
+    LOG2_E,
+    gather_tokens,
+    load_tokens,
+    plane_of,
+    power_of_two,
+    store_tokens,
+    wait_for_previous_kernel,
+)
 from muse_hf.kernels.kmeans import Groups
 from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.point_sets import (
@@ -146,6 +154,7 @@ def _summary_kernel(
 
     The first program of a cluster gives its covariance too.
     """
+    wait_for_previous_kernel()
     row, part, kv_head = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     number = tl.load(set_of_row + row)
     own_row = kv_head.to(tl.int64) * num_key_rows + row

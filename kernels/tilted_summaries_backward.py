@@ -8,7 +8,14 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from muse_hf.kernels.common import LOG2_E, has_much_shared_memory, load_tokens, plane_of, store_tokens
+from muse_hf.kernels.common import (
+    LOG2_E,
+    has_much_shared_memory,
+    load_tokens,
+    plane_of,
+    store_tokens,
+    wait_for_previous_kernel,
+)
 from muse_hf.kernels.kmeans import Groups
 from muse_hf.kernels.launch import launch
 from muse_hf.kernels.point_sets import (
@@ -107,6 +114,7 @@ def _key_backward_kernel(
 
     SINGLE: one tile holds the centroids of all query heads, and is read once.
     """
+    wait_for_previous_kernel()
     row, kv_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     number = tl.load(set_of_row + row)
     queries = number + num_key_sets

@@ -1,5 +1,7 @@
 """What `launch` keeps, with a stand-in for a kernel: the interpreter compiles nothing."""
 
+import ast
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -78,6 +80,21 @@ def test_hooks_hear_of_launches(monkeypatch, name):
     launch(kernel, (3,), x, 5, None, BLOCK=16)
     assert len(kernel.launched) == 1
     assert [grid[:3] for grid, _ in kernel.hooked] == [(3, 1, 1)], "hooks need the usual way to launch"
+
+
+def test_every_kernel_waits_for_the_one_before_it():
+    """They are launched early: a kernel that does not wait reads what is not written yet, now and then."""
+    waiting, launched = set(), set()
+    for path in Path(launching.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                first = node.body[1 if ast.get_docstring(node) else 0]
+                if ast.unparse(first) == "wait_for_previous_kernel()":
+                    waiting.add(node.name)
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("launch", "_over_queries"):
+                launched.add(ast.unparse(node.args[0]))
+    assert len(launched) > 20
+    assert launched - waiting <= {"kernel"}, "`_over_queries` launches what it is given"
 
 
 def test_ceil_div():

@@ -12,8 +12,6 @@ import triton.language as tl
 from muse_hf.kernels.summaries import TILE
 
 MOST_RETRIEVED = TILE
-# Scores this far below the largest of their query are not told apart, so none of them is retrieved.
-_RANGE = tl.constexpr(64.0)
 
 
 @triton.jit
@@ -35,8 +33,10 @@ def threshold_of(kept, count, STEPS: tl.constexpr):
     Bisection in STEPS steps. As many scores as there are places reach the least of the largest.
     """
     high = tl.max(kept[0], 1)
-    low = high - _RANGE
-    if count <= kept[0].shape[1]:
+    low = high
+    for i in tl.static_range(4):  # to the least that exists
+        low = tl.minimum(low, tl.min(tl.where(kept[i] > -1e30, kept[i], high[:, None]), 1))
+    if count <= kept[0].shape[1]:  # or to the least of the largest, if there is one at each place
         low = tl.maximum(low, tl.min(kept[0], 1))
     for _ in range(STEPS):
         middle = 0.5 * (low + high)

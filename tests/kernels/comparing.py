@@ -10,28 +10,28 @@ LOW = (torch.float16, torch.bfloat16) if torch.cuda.is_available() else (torch.f
 NAMES = ("output", "logsumexp", "query gradient", "key gradient", "value gradient")
 
 
-def results(tensors, config, is_causal=True, segments=None):
+def results(tensors, config, is_causal=True, segments=None, scale=None):
     """Output, logsumexp and the gradients of query, key and value, given these and the output's gradient."""
     *leaves, grad = tensors
     leaves = [tensor.detach().requires_grad_() for tensor in leaves]
     output, lse = muse_attention(
-        *leaves, is_causal=is_causal, config=config, segments=segments, return_lse=True
+        *leaves, is_causal=is_causal, scale=scale, config=config, segments=segments, return_lse=True
     )
     return [output, lse, *torch.autograd.grad(output, leaves, grad)]
 
 
-def reference(tensors, config, is_causal=True):
-    return results(tensors, config.replace(backend="reference"), is_causal)
+def reference(tensors, config, is_causal=True, scale=None):
+    return results(tensors, config.replace(backend="reference"), is_causal, scale=scale)
 
 
 def error(actual, exact):
     return ((actual.double() - exact).norm() / exact.norm()).item()
 
 
-def check(tensors, config, is_causal=True):
+def check(tensors, config, is_causal=True, scale=None):
     """The results are those of the reference in double precision."""
-    expected = reference([tensor.double() for tensor in tensors], config, is_causal)
-    for name, actual, exact in zip(NAMES, results(tensors, config, is_causal), expected):
+    expected = reference([tensor.double() for tensor in tensors], config, is_causal, scale)
+    for name, actual, exact in zip(NAMES, results(tensors, config, is_causal, scale=scale), expected):
         assert error(actual, exact) < 2e-6, f"{name}: relative error {error(actual, exact):.1e}"
 
 

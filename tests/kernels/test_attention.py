@@ -58,6 +58,32 @@ def test_kernels_compute_what_the_reference_does(shape, changes):
     check(inputs(**shape), CONFIG.replace(**changes))
 
 
+def test_a_negative_scale():
+    check(inputs(heads=1), CONFIG, scale=-0.3)
+
+
+@pytest.mark.parametrize("num_retrieved", [2, 64])
+def test_scores_may_lie_far_apart(num_retrieved):
+    """To second order the best cluster can seem to be beyond comparison, but it is not to be the only one."""
+    tensors, config = inputs(heads=1), CONFIG.replace(num_retrieved=num_retrieved)
+    expected = reference([tensor.double() for tensor in tensors], config, scale=3.0)
+    for name, actual, exact in zip(NAMES, results(tensors, config, scale=3.0), expected):
+        assert error(actual, exact) < 1e-5, f"{name}: relative error {error(actual, exact):.1e}"
+
+
+@pytest.mark.parametrize("local_block", [16, 48])
+def test_a_scale_of_zero_weighs_all_keys_alike(local_block):
+    tensors = inputs(heads=1)
+    value = tensors[2].clone().requires_grad_()
+    expected = value.cumsum(2) / torch.arange(1, value.shape[2] + 1, device=DEVICE)[:, None]
+    (value_grad,) = torch.autograd.grad(expected, value, tensors[3])
+    output, _, *grads = results(tensors, CONFIG.replace(local_block=local_block), scale=0.0)
+    torch.testing.assert_close(output, expected.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grads[2], value_grad, rtol=1e-5, atol=1e-6)
+    assert not grads[0].any()
+    assert not grads[1].any()
+
+
 def test_strided_inputs():
     """Views of one tensor that holds query, key and value side by side, as in GPT-2; and head by head."""
     fused = torch.randn(2, 40, 3, 2, 16, generator=torch.Generator().manual_seed(0)).to(DEVICE)

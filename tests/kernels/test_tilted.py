@@ -61,6 +61,10 @@ def test_causal_kernels_compute_what_the_reference_does(shape, changes):
     check(inputs(queries=shape["keys"], **shape), CONFIG.replace(**changes))
 
 
+def test_a_negative_scale():
+    check(inputs(queries=40, keys=40), CONFIG, scale=-0.3)
+
+
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_keys_of_one_cluster_and_clusters_without_keys(is_causal):
     query, key, value, grad = inputs(heads=2, queries=40, keys=40)

@@ -159,13 +159,13 @@ def backward(
     tokens = query.shape[0] * query.shape[2]
     layout = layout_of(tuple(sequences), tokens, block, clusters_per_block, query.device)
     grad = addressable(grad, block)
-    terms = weight_terms(output, grad, lse, scale)
-    grads = local_backward(grad, query, key, value, terms, layout, scale, block)
+    delta, terms, summands = weight_terms(output, grad, lse, scale)
+    grads = local_backward(grad, query, key, value, terms, summands, layout, scale, block)
     grad_means = summary_backward(
-        query, clusters, layout, chosen, grad, lse, terms.delta, scale, block, clusters_per_block
+        query, clusters, layout, chosen, grad, lse, delta, scale, block, clusters_per_block
     )
-    query_backward(query, clusters, layout, chosen, grad, lse, terms.delta, grads[0], scale, block)
-    retrieve_backward(query, key, value, grad, terms.pairs, clusters, items, grad_means, grads, scale)
+    query_backward(query, clusters, layout, chosen, grad, lse, delta, grads[0], scale, block)
+    retrieve_backward(query, key, value, grad, terms, clusters, items, grad_means, grads, scale)
     return grads
 
 

@@ -26,7 +26,7 @@ from muse_hf.kernels.common import (
 from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.layout import Layout, tile_of_block
 from muse_hf.kernels.replay import fill
-from muse_hf.kernels.weight_terms import SUMMANDS, WeightTerms, nonzero, sum_to_delta, sum_to_lse
+from muse_hf.kernels.weight_terms import SUMMANDS, nonzero
 
 _QUERY_LAUNCH = {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 128}
 _WIDE_QUERY_LAUNCH = {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
@@ -144,34 +144,43 @@ def _query_kernel(
 
 @triton.jit
 def _key_step(
-    dk, dv, k, v, of_lse, of_delta, q_plane, do_plane, summands, queries, many, keys, stride_qn, stride_on,
-    scale, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
+    dk, dv, k, v, ones, q_plane, do_plane, terms, summands, queries, many, keys, stride_qn, stride_on, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a tile of keys and values after one more tile of queries.
 
+    λ and Δ are taken away in the sums of products. As vectors along the queries, which float32 has, every
+    warp loads all of them for its own rows.
+
     MASKED: some of the queries do not exist, or do not see all the keys.
     """
-    # Products with `of_lse` and `of_delta` take λ and Δ away in the same sums. As vectors along the queries
-    # every warp would load all of them for each of its rows.
     exists = queries < many if MASKED else None
     q = load_places(q_plane, queries, exists, stride_qn, HEAD_DIM, BLOCK_D)
     do = load_places(do_plane, queries, exists, stride_on, HEAD_DIM, BLOCK_D)
-    terms = load_places(summands, queries, exists, SUMMANDS, SUMMANDS, SUMMANDS)
-    s = tl.dot(of_lse, tl.trans(terms), input_precision="ieee")
-    s = tl.dot(k, tl.trans(q), s, input_precision="ieee")
-    p = tl.exp2(s * scale)
+    if summands is None:
+        query_lse, query_delta = tl.split(load_places(terms, queries, exists, 2, 2, 2))
+        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - query_lse[None, :])
+    else:
+        minus_lse = load_places(summands, queries, exists, 2 * SUMMANDS, SUMMANDS, SUMMANDS)
+        minus_delta = load_places(summands + SUMMANDS, queries, exists, 2 * SUMMANDS, SUMMANDS, SUMMANDS)
+        s = tl.dot(ones, tl.trans(minus_lse), input_precision="ieee")
+        p = tl.exp2(tl.dot(k, tl.trans(q), s, input_precision="ieee") * scale)
     if MASKED:
-        p = tl.where((keys[:, None] <= queries[None, :]) & (queries < many)[None, :], p, 0)
+        p = tl.where((keys[:, None] <= queries[None, :]) & exists[None, :], p, 0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-    dp = tl.dot(of_delta, tl.trans(terms), input_precision="ieee")
-    ds = p * tl.dot(v, tl.trans(do), dp, input_precision="ieee")
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    # Not before: products of the compiler wait for each other where registers are short.
+    if summands is None:
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee") - query_delta[None, :]
+    else:
+        dp = tl.dot(ones, tl.trans(minus_delta), input_precision="ieee")
+        dp = tl.dot(v, tl.trans(do), dp, input_precision="ieee")
+    dk = tl.dot((p * dp).to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
 
 @triton.jit
 def _key_kernel(
-    query, key, value, grad, summands, block_start, block_length,
+    query, key, value, grad, terms, summands, block_start, block_length,
     bounds, point, key_parts, value_parts, grad_key, grad_value,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_gkb, stride_gkh, stride_gkn, stride_gvb, stride_gvh, stride_gvn,
@@ -198,29 +207,30 @@ def _key_kernel(
             BLOCK_K, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
         dk = _before_scaling(dk, scale)
-        of_lse = sum_to_lse(BLOCK_K, summands.dtype.element_ty)
-        of_delta = sum_to_delta(BLOCK_K, summands.dtype.element_ty)
+        factor = nonzero(scale) * LOG2_E
+        ones = None if summands is None else tl.full([BLOCK_K, SUMMANDS], 1, summands.dtype.element_ty)
         lane = tl.arange(0, BLOCK_Q)
         for group in range(GROUP_HEADS):
             head = kv_head * GROUP_HEADS + group
             q_plane = block_plane(query, row, head, begin, stride_qb, stride_qh, stride_qn)
             do_plane = block_plane(grad, row, head, begin, stride_ob, stride_oh, stride_on)
-            own = summands + (head * num_tokens + row.to(tl.int64) * length + begin) * SUMMANDS
+            token = head * num_tokens + row.to(tl.int64) * length + begin
+            own_summands = None if summands is None else summands + token * 2 * SUMMANDS
             whole = tl.maximum(many // BLOCK_Q * BLOCK_Q, first + BLOCK_K)  # the last tile may be short
             for i in range(first, first + BLOCK_K, BLOCK_Q):
                 dk, dv = _key_step(
-                    dk, dv, k, v, of_lse, of_delta, q_plane, do_plane, own, i + lane, many, places,
-                    stride_qn, stride_on, nonzero(scale) * LOG2_E, HEAD_DIM, BLOCK_D, True,
+                    dk, dv, k, v, ones, q_plane, do_plane, terms + token * 2, own_summands,
+                    i + lane, many, places, stride_qn, stride_on, factor, HEAD_DIM, BLOCK_D, True,
                 )  # fmt: skip
             for i in range(first + BLOCK_K, whole, BLOCK_Q):
                 dk, dv = _key_step(
-                    dk, dv, k, v, of_lse, of_delta, q_plane, do_plane, own, i + lane, many, places,
-                    stride_qn, stride_on, nonzero(scale) * LOG2_E, HEAD_DIM, BLOCK_D, False,
+                    dk, dv, k, v, ones, q_plane, do_plane, terms + token * 2, own_summands,
+                    i + lane, many, places, stride_qn, stride_on, factor, HEAD_DIM, BLOCK_D, False,
                 )  # fmt: skip
             for i in range(whole, many, BLOCK_Q):
                 dk, dv = _key_step(
-                    dk, dv, k, v, of_lse, of_delta, q_plane, do_plane, own, i + lane, many, places,
-                    stride_qn, stride_on, nonzero(scale) * LOG2_E, HEAD_DIM, BLOCK_D, True,
+                    dk, dv, k, v, ones, q_plane, do_plane, terms + token * 2, own_summands,
+                    i + lane, many, places, stride_qn, stride_on, factor, HEAD_DIM, BLOCK_D, True,
                 )  # fmt: skip
         plane = plane_of(grad_key, row, kv_head, stride_gkb, stride_gkh)
         store_tokens(plane, dk * scale, tokens, inside, stride_gkn, HEAD_DIM, BLOCK_D)
@@ -230,7 +240,7 @@ def _key_kernel(
 
 def local_backward(
     grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    terms: WeightTerms, layout: Layout, scale: float, block: int,
+    terms: torch.Tensor, summands: torch.Tensor | None, layout: Layout, scale: float, block: int,
     query_parts: tuple[Parts, torch.Tensor] | None = None,
     key_parts: tuple[Parts, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
@@ -238,7 +248,7 @@ def local_backward(
 
     Args:
         grad: (B, H, N, D), of the merged output.
-        terms: Of the merged output, for the same scale.
+        terms, summands: Of the merged output, see `WeightTerms`.
         query_parts, key_parts: Where parts of gradients lie, and those (heads, points, D) of queries, and of
             keys and values. Without them, the gradients are those through the blocks alone.
     """
@@ -261,7 +271,7 @@ def local_backward(
     tiles = ceil_div(block, settings["BLOCK_Q"]), heads, num_blocks
     launch(
         _query_kernel, (prod(tiles),),
-        *read, terms.pairs, *blocks, *bounds, parts, grads[0], *strides, *grads[0].stride()[:3], *tiles,
+        *read, terms, *blocks, *bounds, parts, grads[0], *strides, *grads[0].stride()[:3], *tiles,
         *sizes, 0 if parts is None else parts.shape[1], scale, **dims, **settings,
     )  # fmt: skip
     bounds, *parts = key_parts or ((None, None), None, None)
@@ -269,8 +279,9 @@ def local_backward(
     tiles = ceil_div(block, settings["BLOCK_K"]), kv_heads, num_blocks
     launch(
         _key_kernel, (prod(tiles),),
-        *read, terms.summands, *blocks, *bounds, *parts, *grads[1:], *strides, *grads[1].stride()[:3],
-        *grads[2].stride()[:3], *tiles, *sizes, 0 if parts[0] is None else parts[0].shape[1], scale,
+        *read, terms, summands, *blocks, *bounds, *parts, *grads[1:], *strides,
+        *grads[1].stride()[:3], *grads[2].stride()[:3], *tiles, *sizes,
+        0 if parts[0] is None else parts[0].shape[1], scale,
         **dims, **settings,
     )  # fmt: skip
     return grads

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 LARGEST_HEAD_DIM = 256
 # Bytes of shared memory for the gradients of local blocks where head_dim is larger than 128.
-_WIDE_BLOCKS = 192 << 10
+_WIDE_BLOCKS = 200 << 10
 
 
 def reason_against_inputs(query: torch.Tensor) -> str | None:

@@ -154,7 +154,7 @@ def _retrieve_backward_kernel(
             NUM_RETRIEVED, GROUP_HEADS, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
         query_row = head.to(tl.int64) * GROUP_HEADS * num_tokens + item // NUM_RETRIEVED
-        # By one load, see `_key_step` in `local_backward`.
+        # By one load, see `WeightTerms`.
         column = tl.arange(0, 2)[None, :]
         pair = tl.load(terms + query_row[:, None] * 2 + column)
         query_lse, query_delta = tl.split(tl.where(real[:, None] | (column == 1), pair, float("inf")))
@@ -290,7 +290,7 @@ def retrieve_backward(
     Those of the summaries are passed on to their members here too, also if nothing is retrieved.
 
     Args:
-        terms: (H, B * N, 2) float32, see `weight_terms`.
+        terms: (H, B * N, 2) float32, see `WeightTerms`.
         grad_means: (Hkv, J, D) float32 gradients of the key and value means.
     """
     num_retrieved = items.num_retrieved

@@ -12,6 +12,7 @@ import triton.language as tl
 from muse_hf.kernels.summaries import TILE
 
 MOST_RETRIEVED = TILE
+_LIKELY_RANGE = tl.constexpr(64.0)
 
 
 @triton.jit
@@ -32,20 +33,22 @@ def threshold_of(kept, count, STEPS: tl.constexpr):
 
     Bisection in STEPS steps. As many scores as there are places reach the least of the largest.
     """
+    least = kept[0]
+    for i in tl.static_range(1, 4):
+        least = tl.where(kept[i] > -1e30, kept[i], least)
     high = tl.max(kept[0], 1)
-    low = high
-    for i in tl.static_range(4):  # to the least that exists
-        low = tl.minimum(low, tl.min(tl.where(kept[i] > -1e30, kept[i], high[:, None]), 1))
-    if count <= kept[0].shape[1]:  # or to the least of the largest, if there is one at each place
+    low = tl.min(tl.where(least > -1e30, least, high[:, None]), 1)
+    if count <= kept[0].shape[1]:  # reach the least of the largest, if there is one at each place
         low = tl.maximum(low, tl.min(kept[0], 1))
+    middle = tl.maximum(low, high - _LIKELY_RANGE)  # a few may lie farther apart than all others
     for _ in range(STEPS):
-        middle = 0.5 * (low + high)
         reached = (kept[0] >= middle[:, None]).to(tl.int32)
         for i in tl.static_range(1, 4):
             reached += (kept[i] >= middle[:, None]).to(tl.int32)
         enough = tl.sum(reached, 1) >= count
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
+        middle = 0.5 * (low + high)
     return tl.maximum(low, -1e30)  # what does not exist is never taken
 
 

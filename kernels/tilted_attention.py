@@ -218,15 +218,15 @@ def backward(
     else:
         num_points = (sets.num_query_points, sets.num_key_points, sets.num_key_points)
         rows = [t.new_empty(t.shape[1], points, t.shape[3]) for t, points in zip(tensors, num_points)]
-    terms = weight_terms(output, grad, lse, scale)
+    _, terms, summands = weight_terms(output, grad, lse, None if levels is None else scale)
     summary_grads = refine_backward(
-        query, grad, terms.pairs, part_lse, sets, groups, centroids, summaries, rows[0], scale
+        query, grad, terms, part_lse, sets, groups, centroids, summaries, rows[0], scale
     )
     summaries_backward(key, value, sets, members, centroids, scale, summaries, summary_grads, *rows[1:])
     if levels is None:
         return tuple(laid_out_like(share, tensor) for share, tensor in zip(grads, tensors))
     return local_backward(
-        grad, query, key, value, terms, levels.layout, scale, block,
+        grad, query, key, value, terms, summands, levels.layout, scale, block,
         (levels.query_parts, rows[0]), (levels.key_parts, *rows[1:]),
     )  # fmt: skip
 

@@ -155,7 +155,7 @@ def _forward_kernel(
 
 @triton.jit
 def _load_terms(terms, part_lse, tokens, points, BLOCK_Q: tl.constexpr):
-    """λ log2 e and Δ of queries, and λ of this part: of all queries by one load, see `_key_step`."""
+    """λ log2 e and Δ of queries, and λ of this part: of all queries by one load, see `WeightTerms`."""
     column = tl.arange(0, 4)[None, :]
     merged, part = terms + tokens.to(tl.int64)[:, None] * 2 + column, part_lse + points[:, None]
     numbers = tl.load(tl.where(column < 2, merged, part))
@@ -345,7 +345,7 @@ def refine_backward(
 
     Args:
         query, grad: (B, H, Q, D), the latter of the merged attention.
-        terms: (H, B * Q, 2) λ log2 e and Δ of the merged attention, see `weight_terms`.
+        terms: (H, B * Q, 2) λ log2 e and Δ of the merged attention, see `WeightTerms`.
         part_lse: (H, query points) λ of this part.
     """
     heads, length = query.shape[1:3]

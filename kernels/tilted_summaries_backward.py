@@ -56,7 +56,7 @@ def _load_pairs(
     a = first + tl.arange(0, BLOCK_A)
     exists = a < num_centroids
     rows = pairs + a * num_clusters + j
-    # By one load, see `_key_step`.
+    # By one load, see `WeightTerms`.
     is_mass = tl.arange(0, 2)[None, :] == 0
     at = tl.where(is_mass, log_mass + rows[:, None], constant + (pairs + j * num_centroids + a)[:, None])
     numbers = tl.load(at, mask=exists[:, None], other=tl.where(is_mass, float("inf"), 0))

@@ -15,8 +15,8 @@ from muse_hf.kernels.common import (
 )
 from muse_hf.kernels.launch import ceil_div, launch
 
-# Columns of summands, as few as products take; where those for -λ begin, and those for -Δ.
-SUMMANDS, _OF_LSE, _OF_DELTA = (tl.constexpr(i) for i in (16, 0, 8))
+# Columns whose sum is a number, as few as products take.
+SUMMANDS = tl.constexpr(16)
 
 
 class WeightTerms(NamedTuple):
@@ -24,14 +24,16 @@ class WeightTerms(NamedTuple):
 
     Attributes:
         delta: (H, B * N) float32 Δ = do·o.
-        pairs: (H, B * N, 2) float32 λ log2(e) and Δ side by side.
-        summands: (H, B * N, 16) columns that add up to -λ / scale, and others that add up to -Δ: products
-            can begin with them, see `sum_to_lse`. float32, or bfloat16 for 16-bit inputs.
+        terms: (H, B * N, 2) float32 λ log2(e) and Δ side by side. Kernels that need them along columns get
+            both by one load: of fewer numbers than threads, every thread would load all that it needs.
+        summands: (H, B * N, 2, 16) columns that add up to -λ / scale, and others that add up to -Δ: sums of
+            products can begin with their product with ones. bfloat16; None for float32, of which products
+            are slow.
     """
 
     delta: torch.Tensor
-    pairs: torch.Tensor
-    summands: torch.Tensor
+    terms: torch.Tensor
+    summands: torch.Tensor | None
 
 
 @triton.jit
@@ -41,38 +43,21 @@ def nonzero(scale):
 
 
 @triton.jit
-def sum_to_lse(ROWS: tl.constexpr, dtype: tl.constexpr):
-    """(ROWS, 16) whose product with summands is -λ / scale in every row."""
-    return _ones_from(_OF_LSE, ROWS, dtype)
-
-
-@triton.jit
-def sum_to_delta(ROWS: tl.constexpr, dtype: tl.constexpr):
-    """(ROWS, 16) whose product with summands is -Δ in every row."""
-    return _ones_from(_OF_DELTA, ROWS, dtype)
-
-
-@triton.jit
-def _ones_from(first: tl.constexpr, ROWS: tl.constexpr, dtype: tl.constexpr):
-    column = tl.arange(0, SUMMANDS)[None, :] + tl.zeros([ROWS, 1], tl.int32)
-    return ((column >= first) & (column < first + 3)).to(dtype)
-
-
-@triton.jit
-def _with_summands(columns, x, first: tl.constexpr):
-    """Three columns that add up to the float32 x: 3 x 8 bits where columns are bfloat16."""
+def _store_summands(to, x, inside):
+    """Store x (float32) as three columns, each what those before leave of it: exact as 3 x 8 bits."""
     column = tl.arange(0, SUMMANDS)[None, :]
+    columns = tl.zeros([x.shape[0], SUMMANDS], to.dtype.element_ty)
     for i in tl.static_range(3):
-        part = x.to(columns.dtype)
-        columns = tl.where(column == first + i, part[:, None], columns)
+        part = x.to(to.dtype.element_ty)
+        columns = tl.where(column == i, part[:, None], columns)
         whole = part.to(tl.float32)
-        x = tl.where(x == whole, 0, x - whole)  # ∞ - ∞ is none
-    return columns
+        x = tl.where(x == whole, 0, x - whole)  # nothing is left of what is infinite either
+    tl.store(to[:, None] + column, columns, mask=inside[:, None])
 
 
 @triton.jit
 def _terms_kernel(
-    output, grad, lse, delta, pairs, summands,
+    output, grad, lse, delta, terms, summands,
     stride_ob, stride_oh, stride_on, stride_gb, stride_gh, stride_gn, length, num_tokens, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
@@ -87,31 +72,34 @@ def _terms_kernel(
     merged = tl.load(lse + row, mask=inside, other=0)
     tl.store(delta + row, total, mask=inside)
     pair = tl.join(merged * LOG2_E, total)
-    tl.store(pairs + row[:, None] * 2 + tl.arange(0, 2)[None, :], pair, mask=inside[:, None])
-    columns = tl.zeros([BLOCK_Q, SUMMANDS], summands.dtype.element_ty)
-    columns = _with_summands(columns, -merged / nonzero(scale), _OF_LSE)
-    columns = _with_summands(columns, -total, _OF_DELTA)
-    at = summands + row[:, None] * SUMMANDS + tl.arange(0, SUMMANDS)[None, :]
-    tl.store(at, columns, mask=inside[:, None])
+    tl.store(terms + row[:, None] * 2 + tl.arange(0, 2)[None, :], pair, mask=inside[:, None])
+    if summands is not None:
+        to = summands + row * 2 * SUMMANDS
+        _store_summands(to, -merged / nonzero(scale), inside)
+        _store_summands(to + SUMMANDS, -total, inside)
 
 
-def weight_terms(output: torch.Tensor, grad: torch.Tensor, lse: torch.Tensor, scale: float) -> WeightTerms:
+def weight_terms(
+    output: torch.Tensor, grad: torch.Tensor, lse: torch.Tensor, scale: float | None = None
+) -> WeightTerms:
     """λ and Δ as kernels read them.
 
     Args:
         output, grad: (B, H, N, D), an output and its gradient.
         lse: (H, B * N) float32, its logsumexp λ.
-        scale: Factor on the logits.
+        scale: Factor on the logits, if summands are needed.
     """
     batch, heads, length, head_dim = output.shape
     num_tokens = batch * length
-    delta, pairs = torch.empty_like(lse), lse.new_empty(heads, num_tokens, 2)
-    # The interpreter multiplies bfloat16 as if it were integers.
-    dtype = torch.bfloat16 if output.element_size() == 2 and not INTERPRETED else torch.float32
-    summands = lse.new_empty(heads, num_tokens, SUMMANDS.value, dtype=dtype)
+    delta, terms = torch.empty_like(lse), lse.new_empty(heads, num_tokens, 2)
+    summands = None
+    if scale is not None and output.element_size() == 2:
+        # The interpreter multiplies bfloat16 as if it were integers.
+        dtype = torch.float32 if INTERPRETED else torch.bfloat16
+        summands = lse.new_empty(heads, num_tokens, 2, SUMMANDS.value, dtype=dtype)
     launch(
         _terms_kernel, (ceil_div(num_tokens, 64), heads),
-        output, grad, lse, delta, pairs, summands, *token_strides(output, grad), num_tokens, scale,
+        output, grad, lse, delta, terms, summands, *token_strides(output, grad), num_tokens, scale or 0.0,
         HEAD_DIM=head_dim, BLOCK_D=power_of_two(head_dim), BLOCK_Q=64,
     )  # fmt: skip
-    return WeightTerms(delta, pairs, summands)
+    return WeightTerms(delta, terms, summands)

@@ -163,6 +163,16 @@ def test_nan_spreads_to_later_tokens_of_its_own_sequence_only():
         assert result[:, :, 72:].isnan().any(-1).all(), f"{name} of later blocks"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW])
+def test_nan_in_a_value_reaches_what_it_reaches_in_the_reference(dtype):
+    """No gradient of a value, though Δ is NaN."""
+    tensors = [tensor.to(dtype) for tensor in inputs(heads=1, length=80)]
+    tensors[2][:, :, 40] = torch.nan
+    for name, actual, expected in zip(NAMES, results(tensors, CONFIG), reference(tensors, CONFIG)):
+        rows, expected_rows = (x.isnan().view(*x.shape[:3], -1).any(-1) for x in (actual, expected))
+        assert torch.equal(rows, expected_rows), name
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_inputs_need_not_be_on_the_current_device():
     """As in a model whose layers are spread over GPUs."""

@@ -1,6 +1,7 @@
 """What `launch` keeps, with a stand-in for a kernel: the interpreter compiles nothing."""
 
 import ast
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -84,17 +85,28 @@ def test_hooks_hear_of_launches(monkeypatch, name):
 
 def test_every_kernel_waits_for_the_one_before_it():
     """They are launched early: a kernel that does not wait reads what is not written yet, now and then."""
-    waiting, launched = set(), set()
+    kernels = []
     for path in Path(launching.__file__).parent.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and re.fullmatch(r"_\w+_kernel", node.name):
                 first = node.body[1 if ast.get_docstring(node) else 0]
-                if ast.unparse(first) == "wait_for_previous_kernel()":
-                    waiting.add(node.name)
-            elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("launch", "_over_queries"):
-                launched.add(ast.unparse(node.args[0]))
-    assert len(launched) > 20
-    assert launched - waiting <= {"kernel"}, "`_over_queries` launches what it is given"
+                assert ast.unparse(first) == "wait_for_previous_kernel()", f"{node.name} in {path.name}"
+                kernels.append(node.name)
+            for call in ast.walk(node):
+                if isinstance(call, ast.Call) and ast.unparse(call.func) == "launch":
+                    assert ast.unparse(call.args[0]).endswith("kernel"), f"line {call.lineno} of {path.name}"
+    assert len(kernels) > 20
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_where_kernels_can_wait_they_are_launched_early(monkeypatch, early):
+    monkeypatch.setattr(launching, "_can_launch_early", lambda tensor: early)
+    kernel, x = Kernel(), torch.zeros(4)
+    for _ in range(2):
+        launch(kernel, (3,), x, 5, None, BLOCK=16)
+    ((_, _, constants),) = kernel.compiled
+    assert constants.get("launch_pdl", False) == early
+    assert len(kernel.launched) == 1
 
 
 def test_ceil_div():

@@ -275,6 +275,31 @@ def results_without_graph(tensors):
     return torch.autograd.grad(results_of_one_graph(*leaves), leaves)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize(
+    "config",
+    [CONFIG, MuseConfig.paper(local_block=16, num_clusters=6, backend="triton")],
+    ids=["default", "paper"],
+)
+def test_a_cuda_graph_computes_the_same_of_other_inputs(config):
+    tensors = inputs(heads=1)
+    others = [tensor.flip(2) for tensor in tensors]
+    expected = results(others, config)
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # as they are, watched, and repeated
+            results(tensors, config)
+        with torch.cuda.graph(graph, stream=stream):
+            captured = results(tensors, config)
+        for tensor, other in zip(tensors, others):
+            tensor.copy_(other)
+        graph.replay()
+    torch.cuda.synchronize()
+    for name, actual, exact in zip(NAMES, captured, expected):
+        assert torch.equal(actual, exact), name
+
+
 def test_gradient_checkpointing_changes_no_bit():
     tensors = inputs(length=40)
     leaves = [tensor.requires_grad_() for tensor in tensors[:3]]

@@ -230,7 +230,7 @@ def keep_sums_precise(plugin: FullyShardedDataParallelPlugin) -> None:
 
 def check_parallelism(config: ParallelismConfig | None) -> None:
     """Refuse to share a window among processes: MuSe would take the part of each for the whole."""
-    if config is not None and (config.cp_size > 1 or getattr(config, "sp_size", 1) > 1):
+    if config is not None and (config.cp_size > 1 or config.sp_size > 1):
         raise UsageError("a window cannot be shared by several processes (see docs/pretraining.md).")
 
 

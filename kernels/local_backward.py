@@ -168,7 +168,7 @@ def _key_step(
     if MASKED:
         p = tl.where((keys[:, None] <= queries[None, :]) & exists[None, :], p, 0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-    # Not before: products of the compiler wait for each other where registers are short.
+    # Not before dv: where registers do not hold p and dp at once, ptxas has every product wait for the last.
     if summands is None:
         dp = tl.dot(v, tl.trans(do), input_precision="ieee") - query_delta[None, :]
     else:

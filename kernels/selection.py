@@ -12,6 +12,7 @@ import triton.language as tl
 from muse_hf.kernels.summaries import TILE
 
 MOST_RETRIEVED = TILE
+# Where bisection looks first. Scores farther below the largest are rare.
 _LIKELY_RANGE = tl.constexpr(64.0)
 
 
@@ -40,7 +41,7 @@ def threshold_of(kept, count, STEPS: tl.constexpr):
     low = tl.min(tl.where(least > -1e30, least, high[:, None]), 1)
     if count <= kept[0].shape[1]:  # reach the least of the largest, if there is one at each place
         low = tl.maximum(low, tl.min(kept[0], 1))
-    middle = tl.maximum(low, high - _LIKELY_RANGE)  # a few may lie farther apart than all others
+    middle = tl.maximum(low, high - _LIKELY_RANGE)
     for _ in range(STEPS):
         reached = (kept[0] >= middle[:, None]).to(tl.int32)
         for i in tl.static_range(1, 4):

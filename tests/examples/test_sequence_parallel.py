@@ -10,8 +10,6 @@ from tests.examples.running import pretrain
 
 def test_accelerate_takes_no_registered_attention_for_ulysses():
     """Should this fail, Ulysses can be tried, and docs/pretraining.md is out of date."""
-    if not hasattr(dataclasses, "DeepSpeedSequenceParallelConfig"):
-        pytest.skip("an Accelerate from before Ulysses, which has nothing that could take or refuse the name")
     with pytest.raises(ValueError, match="Invalid sp_attn_implementation"):
         dataclasses.DeepSpeedSequenceParallelConfig(sp_attn_implementation="muse")
 

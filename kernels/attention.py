@@ -162,10 +162,10 @@ def backward(
     delta, terms, summands = weight_terms(output, grad, lse, scale)
     grads = local_backward(grad, query, key, value, terms, summands, layout, scale, block)
     grad_means = summary_backward(
-        query, clusters, layout, chosen, grad, lse, delta, scale, block, clusters_per_block
+        query, clusters, layout, chosen, grad, terms, summands, scale, block, clusters_per_block
     )
     query_backward(query, clusters, layout, chosen, grad, lse, delta, grads[0], scale, block)
-    retrieve_backward(query, key, value, grad, terms, clusters, items, grad_means, grads, scale)
+    retrieve_backward(query, key, value, grad, terms, summands, clusters, items, grad_means, grads, scale)
     return grads
 
 

@@ -76,14 +76,21 @@ def power_of_two(number: int, least: int = 16) -> int:
     return max(least, 1 << (number - 1).bit_length())
 
 
-def choose_launch(query: torch.Tensor, usual: dict, wide: dict, precise: dict) -> dict:
-    """Tile sizes and warps for a head_dim of up to 64, for a larger one, or for float32.
+def choose_launch(
+    query: torch.Tensor, usual: dict, wide: dict, precise: dict, widest: dict | None = None
+) -> dict:
+    """Tile sizes and warps for a head_dim of up to 64, of up to 128, for a larger one, or for float32.
 
     Products of float32 take no matrix units and many registers, so that their tiles are small.
+
+    Args:
+        widest: For a head_dim of more than 128, if not those of 128.
     """
     if query.dtype == torch.float32:
         return precise
-    return usual if query.shape[3] <= 64 else wide
+    if query.shape[3] <= 64:
+        return usual
+    return widest if widest and query.shape[3] > 128 else wide
 
 
 def token_strides(*tensors: torch.Tensor) -> tuple[int, ...]:
@@ -169,21 +176,26 @@ def gather_tokens(plane, tokens, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.con
 
 
 @triton.jit
-def load_places(plane, places, inside, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Tokens (len(places), BLOCK_D) of a block, zero beyond D and where not inside, if that is not None.
-
-    Offsets in a block fit 32 bits, which spares registers, see `addressable`.
-    """
-    dims = tl.arange(0, BLOCK_D)
-    at = plane + (places[:, None] * stride + dims[None, :])
+def load_at(at, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """What lies at addresses (rows, BLOCK_D), zero beyond D and where not inside, if that is not None."""
     if HEAD_DIM < BLOCK_D:
-        real = (dims < HEAD_DIM)[None, :]
+        real = (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
         x = tl.load(at, mask=real if inside is None else inside[:, None] & real, other=0)
     elif inside is None:
         x = tl.load(at)
     else:
         x = tl.load(at, mask=inside[:, None], other=0)
     return x
+
+
+@triton.jit
+def load_places(plane, places, inside, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Tokens (len(places), BLOCK_D) of a block, zero beyond D and where not inside, if that is not None.
+
+    Offsets in a block fit 32 bits, which spares registers, see `addressable`.
+    """
+    at = plane + (places[:, None] * stride + tl.arange(0, BLOCK_D)[None, :])
+    return load_at(at, inside, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit

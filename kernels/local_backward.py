@@ -26,13 +26,21 @@ from muse_hf.kernels.common import (
 from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.layout import Layout, tile_of_block
 from muse_hf.kernels.replay import fill
-from muse_hf.kernels.weight_terms import SUMMANDS, nonzero
+from muse_hf.kernels.weight_terms import (
+    SUMMANDS,
+    load_weight_terms,
+    nonzero,
+    ones_for,
+    products_less_delta,
+    weights_of_keys,
+)
 
 _QUERY_LAUNCH = {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 128}
 _WIDE_QUERY_LAUNCH = {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
 _WIDEST_QUERY_LAUNCH = {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}
 _KEY_LAUNCH = {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 168}
 _WIDE_KEY_LAUNCH = {"BLOCK_Q": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}
+_WIDEST_KEY_LAUNCH = {"BLOCK_Q": 32, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}
 _PRECISE_QUERY_LAUNCH = {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1}
 _PRECISE_KEY_LAUNCH = {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1}
 
@@ -149,31 +157,18 @@ def _key_step(
 ):  # fmt: skip
     """The gradients of a tile of keys and values after one more tile of queries.
 
-    λ and Δ are taken away in the sums of products. As vectors along the queries, which float32 has, every
-    warp loads all of them for its own rows.
-
     MASKED: some of the queries do not exist, or do not see all the keys.
     """
     exists = queries < many if MASKED else None
     q = load_places(q_plane, queries, exists, stride_qn, HEAD_DIM, BLOCK_D)
     do = load_places(do_plane, queries, exists, stride_on, HEAD_DIM, BLOCK_D)
-    if summands is None:
-        query_lse, query_delta = tl.split(load_places(terms, queries, exists, 2, 2, 2))
-        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision="ieee") * scale - query_lse[None, :])
-    else:
-        minus_lse = load_places(summands, queries, exists, 2 * SUMMANDS, SUMMANDS, SUMMANDS)
-        minus_delta = load_places(summands + SUMMANDS, queries, exists, 2 * SUMMANDS, SUMMANDS, SUMMANDS)
-        s = tl.dot(ones, tl.trans(minus_lse), input_precision="ieee")
-        p = tl.exp2(tl.dot(k, tl.trans(q), s, input_precision="ieee") * scale)
+    query_lse, query_delta = load_weight_terms(terms, summands, queries, exists)
+    p = weights_of_keys(k, q, ones, query_lse, scale)
     if MASKED:
         p = tl.where((keys[:, None] <= queries[None, :]) & exists[None, :], p, 0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
     # Not before dv: where registers do not hold p and dp at once, ptxas has every product wait for the last.
-    if summands is None:
-        dp = tl.dot(v, tl.trans(do), input_precision="ieee") - query_delta[None, :]
-    else:
-        dp = tl.dot(ones, tl.trans(minus_delta), input_precision="ieee")
-        dp = tl.dot(v, tl.trans(do), dp, input_precision="ieee")
+    dp = products_less_delta(v, do, ones, query_delta)
     dk = tl.dot((p * dp).to(q.dtype), q, dk, input_precision="ieee")
     return dk, dv
 
@@ -208,7 +203,7 @@ def _key_kernel(
         )  # fmt: skip
         dk = _before_scaling(dk, scale)
         factor = nonzero(scale) * LOG2_E
-        ones = None if summands is None else tl.full([BLOCK_K, SUMMANDS], 1, summands.dtype.element_ty)
+        ones = None if summands is None else ones_for(summands, BLOCK_K)
         lane = tl.arange(0, BLOCK_Q)
         for group in range(GROUP_HEADS):
             head = kv_head * GROUP_HEADS + group
@@ -264,10 +259,10 @@ def local_backward(
     num_blocks = layout.block_start.shape[0]
     dims = {"GROUP_HEADS": heads // kv_heads, "HEAD_DIM": head_dim, "BLOCK_D": power_of_two(head_dim)}
     bounds, parts = query_parts or ((None, None), None)
-    wide = _WIDE_QUERY_LAUNCH if head_dim <= 128 else _WIDEST_QUERY_LAUNCH
+    wide = _WIDE_QUERY_LAUNCH
     if not has_much_shared_memory(query):
         wide = wide | {"num_stages": 2}
-    settings = choose_launch(query, _QUERY_LAUNCH, wide, _PRECISE_QUERY_LAUNCH)
+    settings = choose_launch(query, _QUERY_LAUNCH, wide, _PRECISE_QUERY_LAUNCH, _WIDEST_QUERY_LAUNCH)
     tiles = ceil_div(block, settings["BLOCK_Q"]), heads, num_blocks
     launch(
         _query_kernel, (prod(tiles),),
@@ -275,7 +270,7 @@ def local_backward(
         *sizes, 0 if parts is None else parts.shape[1], scale, **dims, **settings,
     )  # fmt: skip
     bounds, *parts = key_parts or ((None, None), None, None)
-    settings = choose_launch(query, _KEY_LAUNCH, _WIDE_KEY_LAUNCH, _PRECISE_KEY_LAUNCH)
+    settings = choose_launch(query, _KEY_LAUNCH, _WIDE_KEY_LAUNCH, _PRECISE_KEY_LAUNCH, _WIDEST_KEY_LAUNCH)
     tiles = ceil_div(block, settings["BLOCK_K"]), kv_heads, num_blocks
     launch(
         _key_kernel, (prod(tiles),),

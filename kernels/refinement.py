@@ -16,6 +16,8 @@ from muse_hf.kernels.clustering import Clusters
 from muse_hf.kernels.common import (
     LOG2_E,
     choose_launch,
+    has_much_shared_memory,
+    load_at,
     load_rows,
     power_of_two,
     store_rows,
@@ -26,11 +28,12 @@ from muse_hf.kernels.launch import ceil_div, launch
 from muse_hf.kernels.layout import Layout
 from muse_hf.kernels.local import Local
 from muse_hf.kernels.selection import keep_largest, number_of_bits, take_first, threshold_of
-from muse_hf.kernels.summaries import TILE, chosen_row, load_summaries, rows_at, summary_logits
+from muse_hf.kernels.summaries import TILE, chosen_row, rows_at, summary_logits
 
 # Three programs fit a multiprocessor with 168 registers a thread, which is worth a few spills.
 _LAUNCH = {"BLOCK_Q": 64, "BLOCK_J": 32, "num_warps": 4, "num_stages": 3, "maxnreg": 168}
-_WIDE_LAUNCH = {"BLOCK_Q": 64, "BLOCK_J": 32, "num_warps": 4, "num_stages": 2}
+_WIDE_LAUNCH = {"BLOCK_Q": 64, "BLOCK_J": 32, "num_warps": 4, "num_stages": 3}
+_WIDEST_LAUNCH = {"BLOCK_Q": 64, "BLOCK_J": 32, "num_warps": 4, "num_stages": 2}
 _PRECISE_LAUNCH = {"BLOCK_Q": 32, "BLOCK_J": 32, "num_warps": 8, "num_stages": 1}
 
 
@@ -42,9 +45,8 @@ def _score_of(half_square, spread, s):
 
 @triton.jit
 def _tile(
-    q, half_square, least_score, least_missed, top, k_at, spread_at, mass_at, j, seen, scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_J: tl.constexpr, WORDS: tl.constexpr,
-    THRESHOLD: tl.constexpr,
+    q, half_square, least_score, least_missed, top, k_at, spread_at, mass_at, exists, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WORDS: tl.constexpr, THRESHOLD: tl.constexpr,
 ):  # fmt: skip
     """Weights of a tile of clusters relative to 2^top, and which of them are wanted for retrieval.
 
@@ -53,14 +55,14 @@ def _tile(
     Args:
         least_score: Score (BLOCK_Q,) that a cluster needs.
         least_missed: With a THRESHOLD, weight that its summary has to miss.
+        exists: (BLOCK_J,) which clusters of the tile are seen; None if all are.
     """
-    exists = j + tl.arange(0, BLOCK_J) < seen
-    k = load_summaries(k_at + j * HEAD_DIM, exists, HEAD_DIM, BLOCK_D)
-    s = summary_logits(q, k, mass_at + j, exists, scale)
+    k = load_at(k_at, exists, HEAD_DIM, BLOCK_D)
+    s = summary_logits(q, k, mass_at, exists, scale)
     p = tl.exp2(s * LOG2_E - top[:, None])
     taken = s >= float("inf")
     if WORDS > 0:
-        spread = load_summaries(spread_at + j * HEAD_DIM, exists, HEAD_DIM, BLOCK_D)
+        spread = load_at(spread_at, exists, HEAD_DIM, BLOCK_D)
         score = _score_of(half_square, spread, s)
         taken = score >= least_score[:, None]
         if THRESHOLD:
@@ -69,38 +71,60 @@ def _tile(
 
 
 @triton.jit
+def _look(
+    q, half_square, top, everything, largest, kept, k_at, spread_at, mass_at, exists, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, WORDS: tl.constexpr, THRESHOLD: tl.constexpr,
+):  # fmt: skip
+    """What is known of the clusters after one more tile of them.
+
+    Args:
+        top, everything: With a THRESHOLD, the largest logit (BLOCK_Q,), base 2, and the sum of all weights
+            relative to it.
+        largest: Else the largest logit of each place (BLOCK_Q, BLOCK_J).
+        kept: The largest scores of each place, see `keep_largest`.
+        exists: As in `_tile`.
+    """
+    k = load_at(k_at, exists, HEAD_DIM, BLOCK_D)
+    s = summary_logits(q, k, mass_at, exists, scale)
+    if THRESHOLD:
+        higher = tl.maximum(top, tl.max(s, 1) * LOG2_E)
+        everything *= tl.exp2(top - higher)
+        everything += tl.sum(tl.exp2(s * LOG2_E - higher[:, None]), 1)
+        top = higher
+    else:
+        largest = tl.maximum(largest, s)
+    if WORDS > 0:
+        spread = load_at(spread_at, exists, HEAD_DIM, BLOCK_D)
+        kept = keep_largest(kept, _score_of(half_square, spread, s))
+    return top, everything, largest, kept
+
+
+@triton.jit
 def _sum_kept(
-    q, half_square, least_score, least_missed, o, total, top, k_at, v_at, spread_at, mass_at, chosen_at,
-    inside, seen, num_tokens, scale,
+    q, half_square, least_score, least_missed, o, total, found, top, k_at, v_at, spread_at, mass_at,
+    chosen_at, inside, exists, scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_J: tl.constexpr, WORDS: tl.constexpr,
     THRESHOLD: tl.constexpr,
 ):  # fmt: skip
-    """Add all clusters that are not wanted for retrieval to the local part, and write down those that are.
+    """Add a tile of clusters but those wanted for retrieval, and write down which these are.
 
     Args:
-        o, total: Numerator (BLOCK_Q, BLOCK_D) and denominator of the local part, relative to 2^top.
-
-    Returns:
-        Numerator, denominator, and how many clusters are wanted.
+        o, total: Numerator (BLOCK_Q, BLOCK_D) and denominator, relative to 2^top.
+        found: How many clusters were wanted so far.
+        exists: As in `_tile`.
     """
-    place = tl.arange(0, BLOCK_J)
-    bit = tl.full([BLOCK_J], 1, tl.int32) << place
-    found = tl.zeros(top.shape, tl.int32)
-    for j in range(0, seen, BLOCK_J):
-        p, taken = _tile(
-            q, half_square, least_score, least_missed, top, k_at, spread_at, mass_at, j, seen, scale,
-            HEAD_DIM, BLOCK_D, BLOCK_J, WORDS, THRESHOLD,
-        )  # fmt: skip
-        if WORDS > 0:
-            word = tl.sum(tl.where(taken, bit[None, :], 0), 1)
-            tl.store(chosen_at, word, mask=inside)
-            chosen_at += num_tokens
-            found += number_of_bits(word)
-            p = tl.where(taken, 0, p)
-        v = load_summaries(v_at + j * HEAD_DIM, j + place < seen, HEAD_DIM, BLOCK_D)
-        o = tl.dot(p.to(v.dtype), v, o, input_precision="ieee")
-        total += tl.sum(p, 1)
-    return o, total, found
+    p, taken = _tile(
+        q, half_square, least_score, least_missed, top, k_at, spread_at, mass_at, exists, scale,
+        HEAD_DIM, BLOCK_D, WORDS, THRESHOLD,
+    )  # fmt: skip
+    if WORDS > 0:
+        bit = tl.full([BLOCK_J], 1, tl.int32) << tl.arange(0, BLOCK_J)
+        word = tl.sum(tl.where(taken, bit[None, :], 0), 1)
+        tl.store(chosen_at, word, mask=inside)
+        found += number_of_bits(word)
+        p = tl.where(taken, 0, p)
+    v = load_at(v_at, exists, HEAD_DIM, BLOCK_D)
+    return tl.dot(p.to(v.dtype), v, o, input_precision="ieee"), total + tl.sum(p, 1), found
 
 
 @triton.jit
@@ -118,16 +142,17 @@ def _sum_surplus(
     bit = tl.full([BLOCK_J], 1, tl.int32) << place
     j = 0
     while (j < seen) & (tl.max(surplus, 0) > 0):
+        exists = place < seen - j
         p, taken = _tile(
-            q, half_square, least_score, least_missed, top, k_at, spread_at, mass_at, j, seen, scale,
-            HEAD_DIM, BLOCK_D, BLOCK_J, WORDS, THRESHOLD,
+            q, half_square, least_score, least_missed, top, k_at + j * HEAD_DIM, spread_at + j * HEAD_DIM,
+            mass_at + j, exists, scale, HEAD_DIM, BLOCK_D, WORDS, THRESHOLD,
         )  # fmt: skip
         given_back = take_first(taken, surplus)
         kept = tl.sum(tl.where(taken & ~given_back, bit[None, :], 0), 1)
         tl.store(chosen_at, kept, mask=inside)
         chosen_at += num_tokens
         p = tl.where(given_back, p, 0)
-        v = load_summaries(v_at + j * HEAD_DIM, j + place < seen, HEAD_DIM, BLOCK_D)
+        v = load_at(v_at + j * HEAD_DIM, exists, HEAD_DIM, BLOCK_D)
         o = tl.dot(p.to(v.dtype), v, o, input_precision="ieee")
         total += tl.sum(p, 1)
         surplus -= tl.sum(given_back.to(tl.int32), 1)
@@ -173,38 +198,45 @@ def _forward_kernel(
         largest, kept = least, (least, least, least, least)
         # The largest of all logits, and with a THRESHOLD the sum of all weights relative to it; base 2.
         top, everything = local_top, tl.full([BLOCK_Q], 1, tl.float32)
-        for j in range(0, seen, BLOCK_J):
-            k = load_summaries(k_at + j * HEAD_DIM, j + place < seen, HEAD_DIM, BLOCK_D)
-            s = summary_logits(q, k, mass_at + j, j + place < seen, scale)
-            if THRESHOLD:
-                higher = tl.maximum(top, tl.max(s, 1) * LOG2_E)
-                everything *= tl.exp2(top - higher)
-                everything += tl.sum(tl.exp2(s * LOG2_E - higher[:, None]), 1)
-                top = higher
-            else:
-                largest = tl.maximum(largest, s)
-            if WORDS > 0:
-                spread = load_summaries(spread_at + j * HEAD_DIM, j + place < seen, HEAD_DIM, BLOCK_D)
-                kept = keep_largest(kept, _score_of(half_square, spread, s))
-        least_score = threshold_of(kept, num_retrieved, STEPS)
+        whole = seen // BLOCK_J * BLOCK_J  # the last tile may be short
+        for j in range(0, whole, BLOCK_J):
+            top, everything, largest, kept = _look(
+                q, half_square, top, everything, largest, kept, k_at + j * HEAD_DIM, spread_at + j * HEAD_DIM,
+                mass_at + j, None, scale, HEAD_DIM, BLOCK_D, WORDS, THRESHOLD,
+            )  # fmt: skip
+        for j in range(whole, seen, BLOCK_J):
+            top, everything, largest, kept = _look(
+                q, half_square, top, everything, largest, kept, k_at + j * HEAD_DIM, spread_at + j * HEAD_DIM,
+                mass_at + j, place < seen - j, scale, HEAD_DIM, BLOCK_D, WORDS, THRESHOLD,
+            )  # fmt: skip
 
         top = tl.maximum(top, tl.max(largest, 1) * LOG2_E)
         least_missed = threshold * everything
+        least_score = threshold_of(kept, num_retrieved, STEPS)
         local_total = tl.exp2(local_top - top)
         local_o = load_rows(
             local, tokens, inside, head, stride_lb, stride_lh, stride_ln, length, HEAD_DIM, BLOCK_D
         ).to(tl.float32)
         chosen_at = chosen_row(chosen, head, tokens, num_tokens, WORDS)
-        o, total, found = _sum_kept(
-            q, half_square, least_score, least_missed, local_o * local_total[:, None], local_total, top,
-            k_at, v_at, spread_at, mass_at, chosen_at, inside, seen, num_tokens, scale,
-            HEAD_DIM, BLOCK_D, BLOCK_J, WORDS, THRESHOLD,
-        )  # fmt: skip
+        o, total, found = local_o * local_total[:, None], local_total, tl.full([BLOCK_Q], 0, tl.int32)
+        for j in range(0, whole, BLOCK_J):
+            o, total, found = _sum_kept(
+                q, half_square, least_score, least_missed, o, total, found, top, k_at + j * HEAD_DIM,
+                v_at + j * HEAD_DIM, spread_at + j * HEAD_DIM, mass_at + j, chosen_at, inside, None, scale,
+                HEAD_DIM, BLOCK_D, BLOCK_J, WORDS, THRESHOLD,
+            )  # fmt: skip
+            chosen_at += num_tokens
+        for j in range(whole, seen, BLOCK_J):
+            o, total, found = _sum_kept(
+                q, half_square, least_score, least_missed, o, total, found, top, k_at + j * HEAD_DIM,
+                v_at + j * HEAD_DIM, spread_at + j * HEAD_DIM, mass_at + j, chosen_at, inside,
+                place < seen - j, scale, HEAD_DIM, BLOCK_D, BLOCK_J, WORDS, THRESHOLD,
+            )  # fmt: skip
         if WORDS > 0:
             surplus = tl.where(inside, tl.maximum(found - num_retrieved, 0), 0)
             o, total = _sum_surplus(
                 q, half_square, least_score, least_missed, o, total, top, k_at, v_at, spread_at, mass_at,
-                chosen_at, inside, seen, num_tokens, scale, surplus,
+                chosen_row(chosen, head, tokens, num_tokens, WORDS), inside, seen, num_tokens, scale, surplus,
                 HEAD_DIM, BLOCK_D, BLOCK_J, WORDS, THRESHOLD,
             )  # fmt: skip
         # Nothing is left of the sum where clusters that are to be retrieved have nearly all the mass.
@@ -237,7 +269,8 @@ def refine(
     batch, heads, length, head_dim = query.shape
     words = num_words(layout.max_seen, num_retrieved)
     chosen = query.new_empty(heads, words, batch * length, dtype=torch.int32)
-    settings = choose_launch(query, _LAUNCH, _WIDE_LAUNCH, _PRECISE_LAUNCH)
+    wide = _WIDE_LAUNCH if has_much_shared_memory(query) else _WIDEST_LAUNCH
+    settings = choose_launch(query, _LAUNCH, wide, _PRECISE_LAUNCH, _WIDEST_LAUNCH)
     launch(
         _forward_kernel, (ceil_div(block, settings["BLOCK_Q"]), heads, layout.block_start.shape[0]),
         query, clusters.key_mean, clusters.value_mean, clusters.key_variance, clusters.log_mass,

@@ -12,6 +12,8 @@ from muse_hf.kernels.clustering import Clusters
 from muse_hf.kernels.common import (
     LOG2_E,
     choose_launch,
+    has_much_shared_memory,
+    load_at,
     load_rows,
     power_of_two,
     row_offsets,
@@ -21,6 +23,14 @@ from muse_hf.kernels.common import (
 )
 from muse_hf.kernels.items import Items
 from muse_hf.kernels.launch import ceil_div, launch
+from muse_hf.kernels.weight_terms import (
+    SUMMANDS,
+    load_weight_terms,
+    nonzero,
+    ones_for,
+    products_less_delta,
+    weights_of_keys,
+)
 
 # Partial outputs that exist at once. Key/value heads are worked through in parts of this size.
 _PARTIAL_BYTES = 1 << 30
@@ -29,7 +39,9 @@ _PRECISE = {"BLOCK_Q": 16, "num_warps": 8, "num_stages": 1}
 _BACKWARD = {"BLOCK_Q": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 168}
 # For clusters of more than 64 keys, which fill the registers.
 _LARGE_BACKWARD = {"BLOCK_Q": 64, "num_warps": 8, "num_stages": 2}
-_WIDE_BACKWARD = {"BLOCK_Q": 32, "num_warps": 4, "num_stages": 3}
+_WIDE_BACKWARD = {"BLOCK_Q": 64, "num_warps": 8, "num_stages": 3}
+# For less shared memory than that takes.
+_SMALL_WIDE_BACKWARD = {"BLOCK_Q": 32, "num_warps": 4, "num_stages": 3}
 _WIDEST_BACKWARD = {"BLOCK_Q": 32, "num_warps": 8, "num_stages": 2}
 # Programs that share the queries of a cluster in the forward pass.
 _SPLITS = 4
@@ -48,9 +60,7 @@ def _load_queries(
         row, heads = row % num_tokens, kv_head * GROUP_HEADS + row // num_tokens
     dims = tl.arange(0, BLOCK_D)
     at = base + row_offsets(row, heads, stride_b, stride_h, stride_n, length)[:, None] + dims[None, :]
-    if HEAD_DIM == BLOCK_D:
-        return tl.load(at)
-    return tl.load(at, mask=(dims < HEAD_DIM)[None, :], other=0)
+    return load_at(at, None, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -104,7 +114,7 @@ def _retrieve_kernel(
 
 @triton.jit
 def _retrieve_backward_kernel(
-    query, key, value, grad, terms, members, count, order, bounds,
+    query, key, value, grad, terms, summands, members, count, order, bounds,
     grad_key_mean, grad_value_mean, partial, grad_key, grad_value,
     stride_qb, stride_qh, stride_qn, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     stride_ob, stride_oh, stride_on, stride_gkb, stride_gkh, stride_gkn, stride_gvb, stride_gvh, stride_gvn,
@@ -136,6 +146,8 @@ def _retrieve_backward_kernel(
     k = load_rows(key, tokens, exists, head, stride_kb, stride_kh, stride_kn, length, HEAD_DIM, BLOCK_D)
     v = load_rows(value, tokens, exists, head, stride_vb, stride_vh, stride_vn, length, HEAD_DIM, BLOCK_D)
     real_k = tl.where(filled[:, None], k, 0) if COPY else k
+    factor = nonzero(scale) * LOG2_E
+    ones = None if summands is None else ones_for(summands, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     first_item = part_head.to(tl.int64) * num_items
     dk = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -154,17 +166,12 @@ def _retrieve_backward_kernel(
             NUM_RETRIEVED, GROUP_HEADS, HEAD_DIM, BLOCK_D,
         )  # fmt: skip
         query_row = head.to(tl.int64) * GROUP_HEADS * num_tokens + item // NUM_RETRIEVED
-        # By one load, see `WeightTerms`.
-        column = tl.arange(0, 2)[None, :]
-        pair = tl.load(terms + query_row[:, None] * 2 + column)
-        query_lse, query_delta = tl.split(tl.where(real[:, None] | (column == 1), pair, float("inf")))
+        query_lse, query_delta = load_weight_terms(terms, summands, query_row, None)
         # Keys are the rows, so that weights are where the next products want them.
-        s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2_E)
-        p = tl.exp2(s - query_lse[None, :])
-        if not COPY:
-            p = tl.where(filled[:, None], p, 0)
+        p = weights_of_keys(k, q, ones, query_lse, factor)
+        p = tl.where(real[None, :] if COPY else filled[:, None] & real[None, :], p, 0)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
-        ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - query_delta[None, :])
+        ds = p * products_less_delta(v, do, ones, query_delta)
         ds = ds.to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision="ieee")
         dq = tl.dot(tl.trans(real_k), ds, input_precision="ieee") * scale
@@ -281,16 +288,17 @@ def retrieve(
 
 
 def retrieve_backward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grad: torch.Tensor, terms: torch.Tensor,
-    clusters: Clusters, items: Items, grad_means: tuple[torch.Tensor, torch.Tensor],
-    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor], scale: float,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, grad: torch.Tensor,
+    terms: torch.Tensor, summands: torch.Tensor | None, clusters: Clusters, items: Items,
+    grad_means: tuple[torch.Tensor, torch.Tensor], grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    scale: float,
 ) -> None:  # fmt: skip
     """Add the gradients through retrieved clusters to those of query, key and value, in place.
 
     Those of the summaries are passed on to their members here too, also if nothing is retrieved.
 
     Args:
-        terms: (H, B * N, 2) float32, see `WeightTerms`.
+        terms, summands: See `WeightTerms`.
         grad_means: (Hkv, J, D) float32 gradients of the key and value means.
     """
     num_retrieved = items.num_retrieved
@@ -300,8 +308,9 @@ def retrieve_backward(
         partial = query.new_empty(len(kv_heads), items.order.shape[1], query.shape[3])
         launch(
             _retrieve_backward_kernel, (clusters.count.shape[1], len(kv_heads)),
-            query, key, value, grad, terms, clusters.members, clusters.count, items.order, items.bounds,
-            *grad_means, partial, *grads[1:], *strides, *_sizes(query, clusters), kv_heads.start, scale,
+            query, key, value, grad, terms, summands, clusters.members, clusters.count, items.order,
+            items.bounds, *grad_means, partial, *grads[1:], *strides, *_sizes(query, clusters),
+            kv_heads.start, scale,
             COPY=_copies(query, clusters.members.shape[2]), **_tiles(query, clusters, num_retrieved),
             **settings,
         )  # fmt: skip
@@ -320,7 +329,8 @@ def shared_memory_for(query: torch.Tensor, capacity: int) -> int:
     members, queries = power_of_two(capacity), settings["BLOCK_Q"]
     rows = copies * members + tiles * queries
     weights = members * queries if members > 64 else 0  # whose gradients do not stay in registers
-    return (rows * power_of_two(query.shape[3]) + weights) * query.element_size() + 1024
+    terms = 2 * 2 * queries * SUMMANDS.value  # of λ and Δ on their way in
+    return (rows * power_of_two(query.shape[3]) + weights + terms) * query.element_size() + 1024
 
 
 def _copies(query: torch.Tensor, capacity: int) -> bool:
@@ -331,8 +341,8 @@ def _copies(query: torch.Tensor, capacity: int) -> bool:
 def _backward_launch(query: torch.Tensor, capacity: int) -> dict[str, int]:
     if capacity > 64:
         return choose_launch(query, _LARGE_BACKWARD, _WIDEST_BACKWARD, _PRECISE)
-    wide = _WIDE_BACKWARD if query.shape[3] <= 128 else _WIDEST_BACKWARD
-    return choose_launch(query, _BACKWARD, wide, _PRECISE)
+    wide = _WIDE_BACKWARD if has_much_shared_memory(query) else _SMALL_WIDE_BACKWARD
+    return choose_launch(query, _BACKWARD, wide, _PRECISE, _WIDEST_BACKWARD)
 
 
 def _over_queries(

@@ -14,17 +14,15 @@ def rows_at(means, rows, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def load_summaries(at, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of clusters, zero where they are not to be seen: NaN of later blocks would spread."""
-    if HEAD_DIM == BLOCK_D:
-        return tl.load(at, mask=exists[:, None], other=0)
-    return tl.load(at, mask=exists[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :], other=0)
-
-
-@triton.jit
 def summary_logits(q, k, mass_at, exists, scale):
-    """ℓ = log |j| + q·k̃ (BLOCK_Q, BLOCK_J), -inf where a cluster is empty or does not exist."""
-    bias = tl.where(exists, tl.load(mass_at), -float("inf"))
+    """ℓ = log |j| + q·k̃ (BLOCK_Q, BLOCK_J), -inf where a cluster is empty or does not exist.
+
+    Args:
+        exists: (BLOCK_J,) which clusters do; None if all do.
+    """
+    bias = tl.load(mass_at)
+    if exists is not None:
+        bias = tl.where(exists, bias, -float("inf"))
     return tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias[None, :]
 
 
@@ -38,17 +36,13 @@ def chosen_row(chosen, head, tokens, num_tokens, WORDS: tl.constexpr):
 
 
 @triton.jit
-def is_chosen(at, inside, num_tokens, WORDS: tl.constexpr, BLOCK_J: tl.constexpr):
-    """True (BLOCK_Q, BLOCK_J) at clusters of a tile that queries retrieve.
+def is_chosen(at, inside, WORDS: tl.constexpr, BLOCK_J: tl.constexpr):
+    """True (BLOCK_Q, BLOCK_J) at clusters of a tile of 32 that queries retrieve.
 
     Args:
-        at: Where the words (BLOCK_Q,) lie that the tile begins with. WORDS = 0: nothing is retrieved.
+        at: Where the words (BLOCK_Q,) of the tile lie. WORDS = 0: nothing is retrieved.
     """
     if WORDS == 0:
         return tl.full([inside.shape[0], BLOCK_J], False, tl.int1)
-    place = tl.arange(0, BLOCK_J)
-    words = tl.load(at, mask=inside, other=0)[:, None]
-    if BLOCK_J == 64:
-        upper = tl.load(at + num_tokens, mask=inside, other=0)
-        words = tl.where((place < 32)[None, :], words, upper[:, None])
-    return ((words >> (place % 32)[None, :]) & 1) != 0
+    bit = tl.full([BLOCK_J], 1, tl.int32) << tl.arange(0, BLOCK_J)
+    return (tl.load(at, mask=inside, other=0)[:, None] & bit[None, :]) != 0

@@ -8,6 +8,7 @@ import triton.language as tl
 from muse_hf.kernels.common import (
     INTERPRETED,
     LOG2_E,
+    load_places,
     load_rows,
     power_of_two,
     token_strides,
@@ -40,6 +41,56 @@ class WeightTerms(NamedTuple):
 def nonzero(scale):
     """The scale, or if that is 0 something so small that logits vanish beside λ / scale."""
     return tl.where(scale == 0, 2.0**-100, scale)
+
+
+@triton.jit
+def ones_for(summands, NUM_KEYS: tl.constexpr):
+    """What products with summands add them up by."""
+    return tl.full([NUM_KEYS, SUMMANDS], 1, summands.dtype.element_ty)
+
+
+@triton.jit
+def load_weight_terms(terms, summands, queries, exists):
+    """λ and Δ of queries: vectors, or if there are summands, those (queries, SUMMANDS).
+
+    As vectors along the queries, which float32 has, every warp loads all of them for its own rows of keys.
+
+    Args:
+        exists: Which queries do, None if all.
+    """
+    if summands is None:
+        query_lse, query_delta = tl.split(load_places(terms, queries, exists, 2, 2, 2))
+    else:
+        query_lse = load_places(summands, queries, exists, 2 * SUMMANDS, SUMMANDS, SUMMANDS)
+        query_delta = load_places(summands + SUMMANDS, queries, exists, 2 * SUMMANDS, SUMMANDS, SUMMANDS)
+    return query_lse, query_delta
+
+
+@triton.jit
+def weights_of_keys(k, q, ones, query_lse, scale, bias=None):
+    """p (keys, queries).
+
+    Args:
+        scale: That of the logits, `nonzero`, times log2(e).
+        bias: What logits of keys have more, times log2(e), if not None.
+    """
+    if ones is None:
+        s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale - query_lse[None, :]
+    else:
+        s = tl.dot(ones, tl.trans(query_lse), input_precision="ieee")
+        s = tl.dot(k, tl.trans(q), s, input_precision="ieee") * scale
+    return tl.exp2(s if bias is None else s + bias[:, None])
+
+
+@triton.jit
+def products_less_delta(v, do, ones, query_delta):
+    """dp - Δ (keys, queries)."""
+    if ones is None:
+        dp = tl.dot(v, tl.trans(do), input_precision="ieee") - query_delta[None, :]
+    else:
+        dp = tl.dot(ones, tl.trans(query_delta), input_precision="ieee")
+        dp = tl.dot(v, tl.trans(do), dp, input_precision="ieee")
+    return dp
 
 
 @triton.jit

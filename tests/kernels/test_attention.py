@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from muse_hf.kernels import attention, operators
+from muse_hf.kernels import attention, common, operators
 from torch.utils.checkpoint import checkpoint
 
 from muse_hf import MuseConfig, Segments, muse_attention
@@ -325,9 +325,11 @@ def test_autocast_computes_in_its_dtype():
     ],
 )  # fmt: skip
 def test_what_does_not_fit_shared_memory_is_refused(monkeypatch, head_dim, cluster_size, kib, reason):
+    capability = {99: (8, 9), 163: (8, 0), 227: (9, 0)}[kib]
     for module in (attention, operators):
         monkeypatch.setattr(module, "shared_memory_of", lambda device: kib << 10)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for module in (common, operators):
+        monkeypatch.setattr(module, "capability_of", lambda device: capability)
     query = SimpleNamespace(
         is_cuda=True,
         device="cuda",

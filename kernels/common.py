@@ -190,9 +190,9 @@ def load_at(at, inside, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def load_places(plane, places, inside, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Tokens (len(places), BLOCK_D) of a block, zero beyond D and where not inside, if that is not None.
+    """Tokens (len(places), BLOCK_D) of a plane, zero beyond D and where not inside, if that is not None.
 
-    Offsets in a block fit 32 bits, which spares registers, see `addressable`.
+    Offsets have the bits of the places. In a block they fit 32, which spares registers, see `addressable`.
     """
     at = plane + (places[:, None] * stride + tl.arange(0, BLOCK_D)[None, :])
     return load_at(at, inside, HEAD_DIM, BLOCK_D)

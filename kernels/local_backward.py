@@ -259,9 +259,7 @@ def local_backward(
     num_blocks = layout.block_start.shape[0]
     dims = {"GROUP_HEADS": heads // kv_heads, "HEAD_DIM": head_dim, "BLOCK_D": power_of_two(head_dim)}
     bounds, parts = query_parts or ((None, None), None)
-    wide = _WIDE_QUERY_LAUNCH
-    if not has_much_shared_memory(query):
-        wide = wide | {"num_stages": 2}
+    wide = _WIDE_QUERY_LAUNCH if has_much_shared_memory(query) else _WIDE_QUERY_LAUNCH | {"num_stages": 2}
     settings = choose_launch(query, _QUERY_LAUNCH, wide, _PRECISE_QUERY_LAUNCH, _WIDEST_QUERY_LAUNCH)
     tiles = ceil_div(block, settings["BLOCK_Q"]), heads, num_blocks
     launch(

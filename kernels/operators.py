@@ -10,8 +10,8 @@ from muse_hf.kernels.replay import Repeated, Saved, copy
 from torch.autograd.function import once_differentiable
 
 LARGEST_HEAD_DIM = 256
-# Bytes of shared memory for the gradients of local blocks where head_dim is larger than 128.
-_WIDE_BLOCKS = 200 << 10
+# Bytes of shared memory for the gradients of local blocks, and of summaries, where head_dim is over 128.
+_WIDE_BLOCKS = 204 << 10
 
 
 def reason_against_inputs(query: torch.Tensor) -> str | None:

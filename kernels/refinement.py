@@ -269,7 +269,7 @@ def refine(
     batch, heads, length, head_dim = query.shape
     words = num_words(layout.max_seen, num_retrieved)
     chosen = query.new_empty(heads, words, batch * length, dtype=torch.int32)
-    wide = _WIDE_LAUNCH if has_much_shared_memory(query) else _WIDEST_LAUNCH
+    wide = _WIDE_LAUNCH if has_much_shared_memory(query) else _WIDE_LAUNCH | {"num_stages": 2}
     settings = choose_launch(query, _LAUNCH, wide, _PRECISE_LAUNCH, _WIDEST_LAUNCH)
     launch(
         _forward_kernel, (ceil_div(block, settings["BLOCK_Q"]), heads, layout.block_start.shape[0]),

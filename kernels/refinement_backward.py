@@ -101,7 +101,7 @@ def _query_backward_kernel(
                 dq, q, do, query_lse, query_delta, k_at + j * HEAD_DIM, v_at + j * HEAD_DIM, mass_at + j,
                 chosen_at, inside, None, scale, HEAD_DIM, BLOCK_D, BLOCK_J, WORDS,
             )  # fmt: skip
-            chosen_at += BLOCK_J // 32 * num_tokens
+            chosen_at += num_tokens
         for j in range(whole, seen, BLOCK_J):
             dq = _query_step(
                 dq, q, do, query_lse, query_delta, k_at + j * HEAD_DIM, v_at + j * HEAD_DIM, mass_at + j,
@@ -142,7 +142,7 @@ def _summary_step(
         lower, upper = tl.split(pair)
         in_lower = tl.arange(0, bit.shape[0]) // 8 % 2 == 0
         word = tl.where(in_lower[:, None], lower[None, :], upper[None, :])
-        p = tl.where(word & bit[:, None] == 0, p, 0)
+        p = tl.where((word & bit[:, None]) == 0, p, 0)
     if MASKED:
         p = tl.where(tokens[None, :] >= seen_from[:, None], p, 0)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
@@ -167,6 +167,7 @@ def _summary_backward_kernel(
     first, end = tl.load(tile_first + tile), tl.load(tile_end + tile)
     local = first - tl.load(sequence_first + tile)
     start, stop = tl.load(query_start + tile), tl.load(query_end + tile)
+    tl.static_assert(BLOCK_J == 64, "or a tile has not two words")
     # Where a thread has row i of a product it has row i + 8 too: then these have the same bit in two words.
     row = tl.arange(0, BLOCK_J)
     place = row // 16 * 8 + row % 8
@@ -192,15 +193,15 @@ def _summary_backward_kernel(
     dv = tl.zeros([BLOCK_J, BLOCK_D], tl.float32)
     step = BLOCK_Q * num_splits
     lane = tl.arange(0, BLOCK_Q)
-    start += part % num_splits * BLOCK_Q
-    whole = start + tl.cdiv(tl.maximum(all_seen - start, 0), step) * step
-    for i in range(start, tl.minimum(whole, stop), step):
+    begin = start + part % num_splits * BLOCK_Q
+    unmasked = begin + tl.cdiv(tl.maximum(all_seen - begin, 0), step) * step
+    for i in range(begin, tl.minimum(unmasked, stop), step):
         dk, dv = _summary_step(
             dk, dv, k, v, ones, bias, bit, seen_from, query, grad, terms, summands, chosen, i + lane, stop,
             head, stride_qb, stride_qh, stride_qn, stride_ob, stride_oh, stride_on, length, num_tokens,
             factor, HEAD_DIM, BLOCK_D, WORDS, True,
         )  # fmt: skip
-    for i in range(whole, stop, step):
+    for i in range(unmasked, stop, step):
         dk, dv = _summary_step(
             dk, dv, k, v, ones, bias, bit, seen_from, query, grad, terms, summands, chosen, i + lane, stop,
             head, stride_qb, stride_qh, stride_qn, stride_ob, stride_oh, stride_on, length, num_tokens,

@@ -322,7 +322,7 @@ def retrieve_backward(
 
 
 def shared_memory_for(query: torch.Tensor, capacity: int) -> int:
-    """Bytes that `retrieve_backward`, which takes most, needs for keys, values, queries and gradients."""
+    """Bytes that `retrieve_backward`, whose tiles grow with clusters, needs for all that it holds."""
     settings = _backward_launch(query, capacity)
     copies = 3 if _copies(query, capacity) else 2
     tiles = 2 * min(2, settings["num_stages"]) + 1  # of queries and gradients on their way in, and out

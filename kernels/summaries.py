@@ -44,5 +44,6 @@ def is_chosen(at, inside, WORDS: tl.constexpr, BLOCK_J: tl.constexpr):
     """
     if WORDS == 0:
         return tl.full([inside.shape[0], BLOCK_J], False, tl.int1)
+    tl.static_assert(BLOCK_J == 32, "or a tile has more than a word")
     bit = tl.full([BLOCK_J], 1, tl.int32) << tl.arange(0, BLOCK_J)
     return (tl.load(at, mask=inside, other=0)[:, None] & bit[None, :]) != 0

@@ -56,6 +56,7 @@ def load_weight_terms(terms, summands, queries, exists):
     As vectors along the queries, which float32 has, every warp loads all of them for its own rows of keys.
 
     Args:
+        queries: Where theirs lie behind `terms` and `summands`: in 32 bits inside a block, else in 64.
         exists: Which queries do, None if all.
     """
     if summands is None:

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from muse_hf.kernels import attention, common, operators
+from muse_hf.kernels import attention, common, operators, refinement_backward
 from torch.utils.checkpoint import checkpoint
 
 from muse_hf import MuseConfig, Segments, muse_attention
@@ -58,6 +58,12 @@ def test_kernels_compute_what_the_reference_does(shape, changes):
     check(inputs(**shape), CONFIG.replace(**changes))
 
 
+def test_one_program_takes_all_queries_that_see_a_summary(monkeypatch):
+    """Those that see some clusters of its tile, and then those that see all."""
+    monkeypatch.setattr(refinement_backward, "_PROGRAMS", 1)
+    check(inputs(heads=1, length=170), CONFIG.replace(cluster_size=2))
+
+
 def test_a_negative_scale():
     check(inputs(heads=1), CONFIG, scale=-0.3)
 
@@ -96,16 +102,16 @@ def test_strided_inputs():
 
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize(
-    ("length", "changes"),
-    [(52, {}), (224, {"local_block": 96, "cluster_size": 48})],
-    ids=["small clusters", "clusters of more than 64 keys"],
+    ("length", "changes", "scale"),
+    [(52, {}, 0.25), (224, {"local_block": 96, "cluster_size": 48}, 0.25), (52, {}, -0.25)],
+    ids=["small clusters", "clusters of more than 64 keys", "negative scale"],
 )
-def test_low_precision_costs_no_more_than_in_pytorch(length, changes, dtype):
+def test_low_precision_costs_no_more_than_in_pytorch(length, changes, scale, dtype):
     """With clusters and choices held equal, the error is at most twice that of the formula in PyTorch."""
     *leaves, grad = inputs(heads=4, kv_heads=2, length=length, dtype=dtype)
     config = CONFIG.replace(num_retrieved=3, **changes)
     leaves = [tensor.requires_grad_() for tensor in leaves]
-    scale, block = 0.25, config.local_block
+    block = config.local_block
     settings = (scale, [0, length], block, config.clusters_for(block), config.capacity_for(block), 1, 3, 0.0)
     with torch.no_grad():
         stages = attention.forward(*leaves, *settings)

@@ -55,7 +55,8 @@ def _tile(
     Args:
         least_score: Score (BLOCK_Q,) that a cluster needs.
         least_missed: With a THRESHOLD, weight that its summary has to miss.
-        exists: (BLOCK_J,) which clusters of the tile are seen; None if all are.
+        exists: (BLOCK_J,) which clusters of the tile are seen; None if all are. Others are loaded as zeros,
+            for NaN of later blocks would spread.
     """
     k = load_at(k_at, exists, HEAD_DIM, BLOCK_D)
     s = summary_logits(q, k, mass_at, exists, scale)

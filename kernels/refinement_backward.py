@@ -129,7 +129,8 @@ def _summary_step(
         seen_from: (BLOCK_J,) the first query that sees a cluster.
         MASKED: Whether some of the queries do not see all of the clusters.
     """
-    inside = tokens < stop  # zeros for the others, so that no weight is masked
+    # Zeros for the others, so that no weight is masked: it is the number of keys, its gradients are times 0.
+    inside = tokens < stop
     q = load_rows(query, tokens, inside, head, stride_qb, stride_qh, stride_qn, length, HEAD_DIM, BLOCK_D)
     do = load_rows(grad, tokens, inside, head, stride_ob, stride_oh, stride_on, length, HEAD_DIM, BLOCK_D)
     row = head.to(tl.int64) * num_tokens + tokens

@@ -329,7 +329,8 @@ def shared_memory_for(query: torch.Tensor, capacity: int) -> int:
     members, queries = power_of_two(capacity), settings["BLOCK_Q"]
     rows = copies * members + tiles * queries
     weights = members * queries if members > 64 else 0  # whose gradients do not stay in registers
-    terms = 2 * 2 * queries * SUMMANDS.value  # of λ and Δ on their way in
+    # Of λ and Δ on their way in.
+    terms = 2 * 2 * queries * SUMMANDS.value if query.element_size() == 2 else 0
     return (rows * power_of_two(query.shape[3]) + weights + terms) * query.element_size() + 1024
 
 

@@ -115,12 +115,14 @@ def test_low_precision_costs_no_more_than_in_pytorch(length, changes, scale, dty
     settings = (scale, [0, length], block, config.clusters_for(block), config.capacity_for(block), 1, 3, 0.0)
     with torch.no_grad():
         stages = attention.forward(*leaves, *settings)
+    members, count = stages[7:9]
+    members = torch.where(torch.arange(members.shape[2], device=DEVICE) < count[:, :, None], members, -1)
     output, lse = attention.OP(*leaves, *settings)
     actual = [output, lse, *torch.autograd.grad(output, leaves, grad)]
 
     def dense(precision):
         inputs = [leaf.detach().to(precision).requires_grad_() for leaf in leaves]
-        output, lse = dense_attention(*inputs, stages[7], chosen_clusters(*stages[4:7]), block, scale)
+        output, lse = dense_attention(*inputs, members, chosen_clusters(*stages[4:7]), block, scale)
         return [output, lse, *torch.autograd.grad(output, inputs, grad.to(precision))]
 
     for name, got, exact, low in zip(NAMES, actual, dense(torch.float64), dense(dtype)):
